@@ -157,9 +157,9 @@ class SongUNet(nn.Module):
             else: x = m(torch.cat([x, skips.pop()], 1) if '_block' in name else x, e)
         return x   # (N, C, R, R)
 
-# %% ../nbs/20_unet.ipynb #1e694539
+# %% ../nbs/20_unet.ipynb #59174fc3
 PRESETS = {
     'cifar10': UNetConfig(),
-    'small':   UNetConfig(model_channels=16, channel_mult=(1,2,3), num_blocks=1, attn_resolutions=(8,), dropout=0.0, augment_dim=0),
-    '7m':      UNetConfig(model_channels=64, channel_mult=(1,2,2), num_blocks=3, attn_resolutions=(16,)),
+    'small':   UNetConfig(model_channels=16, channel_mult=(1,2,2), num_blocks=1, attn_resolutions=(8,), dropout=0.0, augment_dim=0),
+    '7m':      UNetConfig(model_channels=64, channel_mult=(1,2,2), num_blocks=2, attn_resolutions=(16,)),
 }
