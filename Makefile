@@ -1,0 +1,97 @@
+# Everything a person types. The names of nbdev's commands stand in this file and nowhere else.
+
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   ?= .venv
+EXTRAS ?= dev,notebooks,export,cluster
+JOBS   ?= 2
+SCALE  ?=
+NB     ?=
+# Shipped weights that `make weights` makes again, in this order
+WEIGHTS ?=
+
+BIN   := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+export PATH := $(BIN):$(PATH)
+.DEFAULT_GOAL := help
+.PHONY: help venv paper smoke test prepare check export clean readme lab weights docs dist hooks precommit trust
+
+help: ## This list; with NB=nbs/experiments/x.ipynb, the parameters of that notebook
+ifneq ($(NB),)
+	@$(MAKE) -s venv
+	@$(BIN)/papermill --help-notebook $(NB)
+else
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+endif
+
+venv: $(STAMP) ## The virtual environment, when it is absent or older than its pins
+
+$(STAMP): constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info>=(3,10) else f"$(PYTHON) is Python {sys.version.split()[0]}; expected 3.10 or later (make PYTHON=python3.11 ...)")'
+	@echo "Installing into $(VENV): a few minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' \
+	  $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info>=(3,11) else "")')
+	@touch $@
+
+paper: $(STAMP) ## Every table and figure into paper_figures/ (SCALE=smoke, cpu, gpu, paper)
+	$(BIN)/ditnano paper $(if $(SCALE),--scale $(SCALE))
+
+smoke: $(STAMP) ## The same at scale smoke, experiments included: proof that every path works
+	$(BIN)/ditnano paper --scale smoke
+
+test: $(STAMP) ## Every notebook top to bottom, and the tests of the public contract
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
+
+prepare: $(STAMP) ## Before a commit: export, clean, README, test
+	@$(MAKE) -s export clean readme
+	@$(MAKE) test
+
+check: $(STAMP) ## Export, clean and README again: none of them may change a file
+	@state() { for f in $$(find nbs ditnano -name '*.ipynb' -o -name '*.py' | grep -v checkpoints | sort) README.md pyproject.toml; do cksum $$f; done; }; \
+	before=$$(state); $(MAKE) -s export clean readme || exit 1; after=$$(state); \
+	if [ "$$before" != "$$after" ]; then diff <(echo "$$before") <(echo "$$after") | awk '/^>/ {print "  " $$4}' >&2; \
+	  echo "check: these files were not as export, clean and readme leave them; now they are, so stage and commit them" >&2; exit 1; fi; \
+	echo "check: export, clean and README.md are up to date"
+
+export: $(STAMP) ## Write ditnano/*.py from the notebooks
+	@$(BIN)/nbdev_export
+
+clean: $(STAMP) ## Strip run counts and editor metadata from the notebooks
+	@$(BIN)/nbdev_clean
+
+# Links in the index are relative to nbs/; in README.md they start at the top.
+readme: $(STAMP) ## README.md from nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb \
+	  --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns '^#\|\s*(hide|default_exp)' \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags hide-input \
+	  > README.md.tmp || { rm -f README.md.tmp; exit 1; }
+	@sed -e '/^#| /d' -e 's#](\([0-9a-z_/]*\.ipynb\)#](nbs/\1#g' -e 's#](\.\./#](#g' README.md.tmp | cat -s | sed -e '1{/^$$/d;}' > README.md
+	@rm -f README.md.tmp
+
+lab: $(STAMP) ## JupyterLab in nbs/
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+weights: $(STAMP) ## Train again what ditnano/weights/ ships (hours on two cores): make weights WEIGHTS="name ..."
+	@test -n "$(strip $(WEIGHTS))" || { echo 'weights: name them, e.g. make weights WEIGHTS="digitsnet digits32"' >&2; exit 2; }
+	@set -e; for name in $(WEIGHTS); do echo "ditnano train --shipped $$name"; $(BIN)/ditnano train --shipped $$name; done
+
+docs: $(STAMP) ## The website into _docs/; needs quarto (https://quarto.org)
+	@command -v quarto >/dev/null || { echo "docs: quarto is not installed; the workflow docs.yml builds the site too" >&2; exit 1; }
+	@touch README.md  # newer than the index, so that it is not rendered over
+	$(BIN)/nbdev_docs
+
+dist: $(STAMP) ## Wheel and source archive into dist/
+	$(BIN)/python -m build --outdir dist .
+
+hooks: $(STAMP) ## Git: merge notebooks cell by cell, check before a commit
+	@git config --local core.hooksPath .githooks
+	@git config --local merge.nbdev-merge.name "merge notebooks cell by cell"
+	@git config --local merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"
+	@echo "hooks: installed for this clone (git config --local --unset core.hooksPath takes them out)"
+
+precommit: $(STAMP)
+	@$(MAKE) -s check
+
+trust: $(STAMP)
+	@$(BIN)/nbdev_trust
