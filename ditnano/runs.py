@@ -6,9 +6,9 @@
 __all__ = ['RETURNED', 'SMALL', 'run_key', 'Run', 'log_line', 'history', 'truncate_history', 'run_lock', 'read_result',
            'run_once', 'collect', 'record_hash', 'publish']
 
-# %% ../nbs/50_runs.ipynb #e91ec0d6
+# %% ../nbs/50_runs.ipynb #4bd855d9
 import contextlib, fcntl, json, math, os, platform, re, shutil, time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -208,13 +208,11 @@ def run_once(
         if record := read_result(run.folder): return _found(run, record, scale)
         return _compute(run, compute, name, scale, seed)
 
-# %% ../nbs/50_runs.ipynb #e856f223
+# %% ../nbs/50_runs.ipynb #516d54ef
 def _params(student):
-    known = {'depth','width','mlp_ratio','patch','channels','classes','image_size','heads','label_dropout','learn_sigma'}
+    known = {f.name for f in fields(DiTConfig)}
     if not {'depth','width'}<=set(student)<=known: return None   # another kind of student, e.g. GET
-    c = DiTConfig.from_dict(student)
-    return count_params(c.depth, c.width, patch=c.patch, channels=c.channels, classes=c.classes, image_size=c.image_size,
-                        mlp_ratio=c.mlp_ratio, learn_sigma=c.learn_sigma)
+    return count_params(DiTConfig.from_dict(student))
 
 def _student(s):
     heads = s.get('heads')
