@@ -1,0 +1,413 @@
+"""What other people's code relies on, written as a stranger would: from the documented names, with numbers computed here.
+
+Nothing below looks inside the rooms. Where a table of values stands, it was worked out by hand or taken from the paper.
+"""
+import importlib, json, math, os, subprocess, sys
+
+import numpy as np
+import pytest
+import torch
+
+# depth, width, heads, parameters, seconds for 50,000 images on the paper's Jetson (Table 6)
+ROWS = [(1,128,8,416652,97.5), (2,96,8,415308,123.6), (5,64,4,421068,162.6), (5,64,8,421068,198.7), (9,48,6,413148,259.0),
+        (21,32,4,417900,411.7), (3,192,12,2215884,233.2), (7,128,8,2197644,322.6), (13,96,8,2255916,493.7),
+        (4,256,16,5071884,367.6), (16,128,8,4869132,657.9), (7,192,12,4881612,460.9), (7,192,12,4881612,458.6)]
+
+
+def run(*command, **kw):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, **kw)
+
+
+def ditnano(*args, **kw):
+    env = {**os.environ, 'COLUMNS':'160', 'NO_COLOR':'1', 'TERM':'dumb'}
+    return run('-c', 'from ditnano.cli import main; main()', *map(str, args), env=env, **kw)
+
+
+@pytest.fixture
+def small():
+    "A student with random weights: a fresh one draws nothing but zeros, on which every check would pass."
+    from ditnano.config import DiTConfig
+    from ditnano.dit import DiT, randomise
+    return randomise(DiT(DiTConfig(depth=2, width=32)), seed=3).eval()
+
+
+@pytest.fixture
+def teacher():
+    from ditnano.config import UNetConfig
+    from ditnano.dit import randomise
+    from ditnano.edm import EDMPrecond
+    from ditnano.unet import SongUNet
+    return randomise(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1, dropout=0.))), seed=1).eval()
+
+
+# repro and config -------------------------------------------------------------------------------------------------
+
+def test_one_stream_per_sample():
+    from ditnano.repro import noise_and_labels, sample_generator
+    noise, labels = noise_and_labels(range(40,48))
+    g = torch.Generator().manual_seed(43)
+    assert torch.equal(noise[3], torch.randn(3, 32, 32, generator=g))
+    assert labels[3] == torch.randint(10, (), generator=g)
+    assert sample_generator(5).initial_seed() == 5
+    with pytest.raises(ValueError, match='0 or more'): sample_generator(-1)
+
+
+def test_config_round_trip():
+    from ditnano.config import DiTConfig
+    cfg = DiTConfig(5, 64)
+    assert DiTConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    assert cfg.hash != DiTConfig(5, 64, heads=4).hash
+    assert (cfg.image_size, cfg.patch, cfg.channels, cfg.classes, cfg.mlp_ratio, cfg.label_dropout, cfg.learn_sigma) == (32, 2, 3, 10, 4.0, 0.1, False)
+    with pytest.raises(AttributeError): cfg.depth = 6
+    with pytest.raises(ValueError, match='heads'): DiTConfig(5, 64, heads=5)
+    with pytest.raises(ValueError, match='dpeth'): DiTConfig.from_dict({'dpeth':5, 'width':64})
+
+
+# paper ------------------------------------------------------------------------------------------------------------
+
+def test_paper_tables():
+    from ditnano.paper import table
+    assert [len(table(n)) for n in range(1,7)] == [4, 6, 4, 3, 3, 13]
+    got = [(r['depth'], r['width'], r['heads'], r['latency_s']) for r in table(6)]
+    assert got == [(d,w,h,s) for d,w,h,_,s in ROWS]
+
+
+# principles -------------------------------------------------------------------------------------------------------
+
+def test_rules():
+    from ditnano.principles import depth, factors, heads
+    assert factors(12) == [1, 2, 3, 4, 6, 12]
+    widths = [32, 48, 64, 96, 128, 192, 256, 384, 512]
+    assert [heads(w) for w in widths] == [4, 6, 8, 8, 8, 12, 16, 16, 16]
+    assert [depth(w) for w in widths] == [5, 5, 6, 6, 7, 7, 8, 8, 9]
+
+
+@pytest.mark.parametrize('d, w, h, params, seconds', ROWS)
+def test_counts_and_latency(d, w, h, params, seconds):
+    from ditnano.principles import count_flops, count_params, jetson_latency
+    assert count_params(d, w) == params
+    n, hidden = 256, 4*w
+    macs = d*(n*(4*w*w + 2*w*hidden) + 2*n*n*w + 6*w*w) + 24*n*w + 3*w*w + 256*w
+    assert count_flops(d, w) == 2*macs
+    assert jetson_latency(d, w, h) == pytest.approx(seconds, rel=0.05)
+
+
+def test_deployed_parameters():
+    from ditnano.principles import count_params
+    assert 0 < count_params(5, 64, folded=True) < count_params(5, 64)
+
+
+def test_propose():
+    from ditnano.principles import propose
+    best = propose(425_000)[0]
+    assert (best.depth, best.width, best.heads, best.params) == (5, 64, 8, 421068)
+    assert best.latency == pytest.approx(198.7, rel=0.05) and best.why
+    below = propose(max_params=420_000)
+    assert all(p.params <= 420_000 for p in below) and below[0].width == 48
+    assert '(5, 64, 8) needs 421,068' in below[0].why
+    assert all(p.latency <= 200 for p in propose(max_latency=200))
+    assert (propose(2_200_000)[0].depth, propose(2_200_000)[0].width) == (7, 128)
+    with pytest.raises(ValueError, match='no budget'): propose()
+    with pytest.raises(ValueError, match='max_params'): propose(10)
+
+
+@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'runs', 'figures', 'mill'])
+def test_light_rooms_import_without_torch(room):
+    done = run('-c', f"import sys, ditnano.{room}; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr or 'torch came along'
+
+
+# dit --------------------------------------------------------------------------------------------------------------
+
+def state_dict_names(d, w):
+    block = {'attn.qkv':(3*w,w), 'attn.proj':(w,w), 'mlp.fc1':(4*w,w), 'mlp.fc2':(w,4*w), 'adaLN_modulation.1':(6*w,w)}
+    linear = {'t_embedder.mlp.0':(w,256), 't_embedder.mlp.2':(w,w)}
+    linear |= {f'blocks.{i}.{k}':s for i in range(d) for k,s in block.items()}
+    linear |= {'final_layer.linear':(12,w), 'final_layer.adaLN_modulation.1':(2*w,w)}
+    out = {'pos_embed':(1,256,w), 'x_embedder.proj.weight':(w,3,2,2), 'x_embedder.proj.bias':(w,), 'y_embedder.embedding_table.weight':(11,w)}
+    for k,(o,i) in linear.items(): out |= {f'{k}.weight':(o,i), f'{k}.bias':(o,)}
+    return out
+
+
+def test_state_dict_is_the_reference_one():
+    from ditnano.config import DiTConfig
+    from ditnano.dit import DiT
+    model = DiT(DiTConfig(3, 48))
+    assert {k:tuple(v.shape) for k,v in model.state_dict().items()} == state_dict_names(3, 48)
+    assert not model.pos_embed.requires_grad
+    assert DiT(DiTConfig(5, 64)).pos_embed.numel() == 256*64
+
+
+def reference_forward(s, x, t, y, depth, heads):
+    "The network from its description, with a state dict and nothing else."
+    F = torch.nn.functional
+    lin = lambda v, k: F.linear(v, s[k+'.weight'], s[k+'.bias'])
+    norm = lambda v: F.layer_norm(v, v.shape[-1:], eps=1e-6)
+    n, w = len(x), s['pos_embed'].shape[-1]
+    h = F.conv2d(x, s['x_embedder.proj.weight'], s['x_embedder.proj.bias'], stride=2).flatten(2).transpose(1,2) + s['pos_embed']
+    f = torch.exp(-math.log(10000)*torch.arange(128)/128)
+    code = torch.cat([(t[:,None]*f).cos(), (t[:,None]*f).sin()], 1)
+    c = F.silu(lin(F.silu(lin(code, 't_embedder.mlp.0')), 't_embedder.mlp.2') + s['y_embedder.embedding_table.weight'][y])
+    for i in range(depth):
+        b = f'blocks.{i}.'
+        s1,c1,g1,s2,c2,g2 = (m[:,None] for m in lin(c, b+'adaLN_modulation.1').chunk(6, 1))
+        q,k,v = lin(norm(h)*(1+c1)+s1, b+'attn.qkv').reshape(n, 256, 3, heads, w//heads).permute(2,0,3,1,4)
+        a = ((q@k.transpose(-1,-2))/math.sqrt(w//heads)).softmax(-1)@v
+        h = h + g1*lin(a.transpose(1,2).reshape(n,256,w), b+'attn.proj')
+        h = h + g2*lin(F.gelu(lin(norm(h)*(1+c2)+s2, b+'mlp.fc1'), approximate='tanh'), b+'mlp.fc2')
+    shift, scale = (m[:,None] for m in lin(c, 'final_layer.adaLN_modulation.1').chunk(2, 1))
+    out = lin(norm(h)*(1+scale)+shift, 'final_layer.linear')
+    image = torch.empty(n, 3, 32, 32)
+    for token in range(256):
+        i, j = divmod(token, 16)
+        image[:, :, 2*i:2*i+2, 2*j:2*j+2] = out[:,token].reshape(n, 2, 2, 3).permute(0,3,1,2)
+    return image
+
+
+@torch.no_grad()
+def test_forward_and_guidance(small):
+    from ditnano.config import DiTConfig
+    from ditnano.dit import DiT, guided
+    g = torch.Generator().manual_seed(0)
+    x, t, y = torch.randn(3, 3, 32, 32, generator=g), torch.tensor([0., 1.5, 40.]), torch.tensor([0, 9, 10])
+    out = small(x, t, y)
+    assert out.shape == x.shape and out.std() > 0.1
+    s = small.state_dict()
+    torch.testing.assert_close(out, reference_forward(s, x, t, y, 2, 4), rtol=1e-4, atol=1e-4)
+    null = reference_forward(s, x, t, torch.full((3,), 10), 2, 4)
+    torch.testing.assert_close(guided(small, x, t, y, 1.5), null + 1.5*(out-null), rtol=1e-3, atol=1e-3)
+    assert DiT(DiTConfig(2, 32)).eval()(x, t, y).abs().max() == 0
+
+
+@torch.no_grad()
+def test_positions(small):
+    p, w = small.pos_embed[0], 32
+    assert torch.equal(p[0,w//2:], p[1,w//2:]) and not torch.equal(p[0,:w//2], p[1,:w//2])
+    assert torch.equal(p[0,:w//2], p[16,:w//2]) and not torch.equal(p[0,w//2:], p[16,w//2:])
+    torch.testing.assert_close(p[1,0], torch.tensor(1.).sin())
+
+
+@torch.no_grad()
+def test_null_class_follows_the_number_of_classes():
+    from ditnano.config import DiTConfig
+    from ditnano.dit import DiT, guided, randomise
+    two = randomise(DiT(DiTConfig(1, 32, classes=2)), 0).eval()
+    x, t, y = torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([0, 1])
+    torch.testing.assert_close(guided(two, x, t, y, 0.), two(x, t, torch.tensor([2, 2])))
+
+
+@torch.no_grad()
+def test_pretrained_round_trip(small, tmp_path):
+    from ditnano.dit import DiT
+    small.save_pretrained(tmp_path/'mine')
+    assert sorted(p.name for p in (tmp_path/'mine').iterdir()) == ['config.json', 'model.safetensors']
+    again = DiT.from_pretrained(tmp_path/'mine')
+    x, t, y = torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([1, 2])
+    assert not again.training and again.cfg == small.cfg and torch.equal(again(x, t, y), small(x, t, y))
+    with pytest.raises(FileNotFoundError, match='no-such-student'): DiT.from_pretrained('no-such-student')
+
+
+# unet and edm -----------------------------------------------------------------------------------------------------
+
+def test_the_papers_teacher():
+    from ditnano.config import UNetConfig
+    from ditnano.edm import EDMPrecond
+    from ditnano.unet import SongUNet
+    net = EDMPrecond(SongUNet(UNetConfig(model_channels=128, channel_mult=(2,2,2), num_blocks=4, attn_resolutions=(16,), dropout=0.13, augment_dim=9, label_dim=10)))
+    state = net.state_dict()
+    assert sum(p.numel() for p in net.parameters()) == 55_735_299 and len(state) == 427
+    assert all(k.startswith('model.') for k in state)
+    assert state['model.enc.16x16_block0.qkv.weight'].shape == (768, 256, 1, 1)
+    assert state['model.dec.32x32_block4.conv0.weight'].shape == (256, 384, 3, 3)
+
+
+@torch.no_grad()
+def test_preconditioning(teacher):
+    x, y = torch.randn(2, 3, 32, 32), torch.eye(10)[:2]
+    assert teacher(x, torch.tensor([1., 2.]), y).std() > 0.1
+    torch.testing.assert_close(teacher(x, torch.tensor(1e-4), y), x, rtol=1e-2, atol=1e-2)  # no noise, nothing to remove
+    torch.testing.assert_close(teacher(x, torch.tensor(1.), y)[:1], teacher(x[:1], torch.tensor(1.), y[:1]), rtol=1e-3, atol=1e-3)
+
+
+def test_heun_sampler_on_a_gaussian():
+    "For data N(0, s^2) the best denoiser and the end of the flow are known in closed form."
+    from ditnano.edm import heun_sampler
+    s, told = 0.5, []
+    class Gaussian:
+        sigma_min, sigma_max = 0., float('inf')
+        def __call__(self, x, sigma, labels=None): return x*s**2/(s**2+torch.as_tensor(sigma)**2)
+    z = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = heun_sampler(Gaussian(), z, None, steps=18, sigma_min=0.002, sigma_max=80, rho=7, callback=told.append)
+    assert x.dtype == torch.float64 and len(told) == 18 and all(isinstance(t, dict) for t in told)
+    exact = z.double()*80*s/math.sqrt(s**2+80**2)
+    assert ((x-exact).abs().max()/exact.abs().max()) < 0.02
+    fine = heun_sampler(Gaussian(), z, None, steps=72)
+    assert (fine-exact).abs().max() < (x-exact).abs().max()/4   # second order
+
+
+def test_teacher_on_disk(teacher, tmp_path):
+    from ditnano.edm import load_teacher, save_teacher
+    save_teacher(teacher, tmp_path/'t', {'data':'nothing'}, half=False)
+    again = load_teacher(tmp_path/'t')
+    x, y = torch.randn(2, 3, 32, 32), torch.eye(10)[:2]
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    with torch.no_grad(): assert torch.equal(again(x, torch.tensor(2.), y), teacher(x, torch.tensor(2.), y))
+
+
+# images and pairs -------------------------------------------------------------------------------------------------
+
+def test_digits():
+    from ditnano.images import load_images
+    train, held = load_images('digits32'), load_images('digits32', split='test')
+    assert train.images.dtype == torch.uint8 and train.images.shape[1:] == (3, 32, 32) and train.labels.dtype == torch.int64
+    assert len(train) + len(held) == 1797 and train.hash != held.hash and len(train.hash) == 64
+    assert sorted(set(train.labels.tolist())) == list(range(10))
+    with pytest.raises(ValueError, match='digits32'): load_images('imagenet')
+
+
+def test_cifar10_where_it_is():
+    from ditnano.images import load_images
+    try: data = load_images('cifar10')
+    except FileNotFoundError as e: pytest.skip(f'CIFAR-10 is not here: {e}')
+    assert data.images.shape == (50_000, 3, 32, 32) and torch.bincount(data.labels).tolist() == [5000]*10
+
+
+def test_pairs(teacher, tmp_path):
+    from ditnano.edm import heun_sampler
+    from ditnano.pairs import PairDataset, make_pairs
+    from ditnano.repro import noise_and_labels
+    make_pairs(teacher, range(6), tmp_path/'pairs', steps=3, shard=4, batch=3, name='stranger', device='cpu')
+    data = PairDataset(tmp_path/'pairs')
+    z, x, y = data[4]
+    assert len(data) == 6 and z.dtype == x.dtype == torch.float32 and z.shape == x.shape == (3, 32, 32) and isinstance(y, int)
+    noise, labels = noise_and_labels([4])
+    assert torch.equal(z, noise[0]) and y == int(labels[0])
+    alone = heun_sampler(teacher, noise, torch.eye(10)[labels], steps=3)[0]
+    assert x.std() > 0.1
+    torch.testing.assert_close(x, alone.float(), rtol=1e-4, atol=1e-4)
+    zs, xs, ys = data.batch([5, 0, 4])
+    assert torch.equal(xs[2], x) and torch.equal(zs[2], z) and ys.dtype == torch.int64 and ys[2] == y
+
+
+# losses -----------------------------------------------------------------------------------------------------------
+
+def test_plain_losses():
+    from ditnano.losses import L1, L2, get_loss
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 3, 32, 32, generator=g), torch.randn(4, 3, 32, 32, generator=g)
+    torch.testing.assert_close(L1()(a, b), torch.nn.functional.l1_loss(a, b))
+    torch.testing.assert_close(L2()(a, b), torch.nn.functional.mse_loss(a, b))
+    torch.testing.assert_close(get_loss('L1')(a, b), L1()(a, b))
+    with pytest.raises(ValueError, match='L3'): get_loss('L3')
+
+
+@pytest.mark.parametrize('name', ['LPIPS-squeeze@64', 'LPIPS-vgg@224', 'perceptual-digitslens@32', 'perceptual-cifarlens@32'])
+def test_perceptual_losses(name):
+    from ditnano.losses import get_loss
+    try: loss = get_loss(name)
+    except FileNotFoundError as e: pytest.skip(f'{name}: weights are not here: {e}')
+    a = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))*2-1
+    b = a.flip(-1).requires_grad_()
+    assert float(loss(a, a)) == pytest.approx(0, abs=1e-6)
+    far = loss(b, a)
+    far.backward()
+    assert far.ndim == 0 and far > 1e-3 and b.grad.isfinite().all() and b.grad.abs().max() > 0
+
+
+# training ---------------------------------------------------------------------------------------------------------
+
+def test_run_folder(tmp_path):
+    from ditnano.runs import collect, run_once
+    calls = []
+    def compute(folder):
+        assert json.loads((folder/'config.json').read_text())['rows'] == 3   # the config is there before the work
+        calls.append(folder)
+        return {'metrics':{'FD-digitsnet':1.5}, 'samples':8, 'latency':None, 'artefacts':[], 'device':{'device':'cpu'}}
+    first = run_once(tmp_path, 'toy', {'rows':3, 'seed':0}, compute, name='a', scale='smoke', seed=0)
+    again = run_once(tmp_path, 'toy', {'seed':0, 'rows':3}, compute, name='a', scale='smoke', seed=0)
+    assert len(calls) == 1 and first == again and first['metrics'] == {'FD-digitsnet':1.5}
+    assert calls[0].name == f"toy-{first['key']}"
+    assert {'key','kind','name','scale','seed','config','code','versions','device','seconds','samples','metrics','latency','artefacts'} <= set(first)
+    assert len(collect(tmp_path)) == 1
+
+
+# sampling ---------------------------------------------------------------------------------------------------------
+
+def test_sample(small):
+    from ditnano.dit import guided
+    from ditnano.repro import noise_and_labels
+    from ditnano.sampling import sample
+    images = sample(small, range(6), guidance=1.5)
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, 32, 32) and images.float().std() > 10
+    two = sample(small, [4, 5], guidance=1.5, batch=1)
+    assert (images[4:].int()-two.int()).abs().max() <= 1
+    noise, labels = noise_and_labels(range(6))
+    with torch.no_grad(): raw = guided(small, noise, torch.zeros(6), labels, 1.5)
+    assert (images.int()-(raw*127.5+128).clip(0, 255).to(torch.uint8).int()).abs().max() <= 1
+    chosen = sample(small, range(6), labels=[3]*6)
+    assert not torch.equal(chosen, images)
+
+
+@torch.no_grad()
+def test_fold(small):
+    from ditnano.sampling import fold, sample
+    folded = fold(small)
+    assert sum(p.numel() for p in folded.parameters()) + sum(b.numel() for b in folded.buffers()) < sum(p.numel() for p in small.parameters())
+    a, b = sample(small, range(4)), sample(folded, range(4))
+    assert a.float().std() > 10 and (a.int()-b.int()).abs().max() <= 1
+
+
+# metrics ----------------------------------------------------------------------------------------------------------
+
+def test_frechet_distance():
+    "Against the formula with a matrix square root, on an extractor of our own."
+    from scipy.linalg import sqrtm
+    from ditnano.metrics import frechet
+    def extractor(images):
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1).numpy()/255
+        return {'features':pooled, 'logits':None}
+    g = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 256, (300, 3, 32, 32), generator=g, dtype=torch.uint8)
+    b = (a.float()*0.7).to(torch.uint8).roll(1, 0)
+    fa, fb = extractor(a)['features'], extractor(b)['features']
+    ca, cb = np.cov(fa, rowvar=False), np.cov(fb, rowvar=False)
+    want = ((fa.mean(0)-fb.mean(0))**2).sum() + np.trace(ca+cb-2*np.real(sqrtm(ca@cb)))
+    assert frechet(a, b, extractor) == pytest.approx(want, rel=1e-5)
+    assert frechet(a, a, extractor) == pytest.approx(0, abs=1e-8)
+
+
+# latency ----------------------------------------------------------------------------------------------------------
+
+def test_time_sampling(small):
+    from ditnano.latency import time_sampling
+    timed = time_sampling(small, batch=4, batches=2)
+    assert {'seconds_50k','p50_ms','p90_ms','p99_ms','batches','batch','guidance','card'} <= set(timed)
+    assert 0 < timed['p50_ms'] <= timed['p90_ms'] <= timed['p99_ms'] and timed['batch'] == 4
+    assert timed['seconds_50k'] > timed['p50_ms']/1000*50_000/4*0.3
+
+
+# the command ------------------------------------------------------------------------------------------------------
+
+def test_design_command():
+    said = ditnano('design', '--max-params', 425000)
+    assert said.returncode == 0, said.stderr
+    assert '421,068' in said.stdout and 'torch' not in said.stderr
+
+
+def test_wrong_commands_are_refused():
+    for args in (['desing'], ['design', '--max-parms', 1], ['design', '--max-params', 10], ['sample', '--weights', 'nobody', '--out', 'x.png']):
+        said = ditnano(*args)
+        assert said.returncode != 0 and 'Traceback' not in said.stderr, (args, said.stderr)
+
+
+@pytest.mark.parametrize('command', ['design', 'pairs', 'train', 'sample', 'eval', 'bench', 'sweep', 'paper', 'doctor'])
+def test_every_command_has_help(command):
+    said = ditnano(command, '--help')
+    assert said.returncode == 0 and 'usage' in said.stdout.lower()
+
+
+def test_doctor_runs_without_anything(tmp_path):
+    empty = {k:str(tmp_path) for k in ('HOME', 'XDG_CACHE_HOME', 'DITNANO_DATA', 'DITNANO_CACHE', 'TORCH_HOME')}
+    env = {**os.environ, **empty, 'COLUMNS':'160'}
+    said = run('-c', 'from ditnano.cli import main; main()', 'doctor', env=env)
+    assert said.returncode in (0, 1) and 'Traceback' not in said.stderr and 'cifar10' in said.stdout.lower()
