@@ -3,7 +3,7 @@
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= dev,notebooks,export,cluster
+EXTRAS ?= dev,notebooks,cluster
 JOBS   ?= 2
 SCALE  ?=
 NB     ?=
@@ -62,7 +62,8 @@ clean: $(STAMP) ## Strip run counts and editor metadata from the notebooks
 
 # Links in the index are relative to nbs/; in README.md they start at the top.
 readme: $(STAMP) ## README.md from nbs/index.ipynb
-	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb \
+	@$(BIN)/python -c "import json; nb=json.load(open('nbs/index.ipynb')); nb['metadata']['language_info']={'name':'python'}; print(json.dumps(nb))" | \
+	  $(BIN)/jupyter nbconvert --to markdown --stdin --stdout --log-level ERROR \
 	  --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns '^#\|\s*(hide|default_exp)' \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags hide-input \
 	  > README.md.tmp || { rm -f README.md.tmp; exit 1; }

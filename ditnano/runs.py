@@ -222,7 +222,7 @@ def _student(s):
 def _named(x):
     return x.get('name') if isinstance(x, dict) else x
 
-# %% ../nbs/50_runs.ipynb #425f3db3
+# %% ../nbs/50_runs.ipynb #06f18688
 def _trained(c):
     train, ev, pairs = c.get('train') or {}, c.get('eval') or {}, c.get('pairs') or {}
     seeds = pairs.get('seeds')
@@ -230,19 +230,21 @@ def _trained(c):
                 data=_named(c.get('data')), teacher=_named(c.get('teacher')), pairs=seeds[1]-seeds[0] if seeds else None,
                 guidance=ev.get('guidance', c.get('guidance')), judges=', '.join(ev.get('judges') or []) or None)
 
-def _timed(c, latency):
-    card = latency.get('card')
-    if isinstance(card, dict): card = card.get('device_name') or card.get('name') or card.get('device')
-    every = {k:latency.get(k) for k in ('seconds_50k','p50_ms','p90_ms','p99_ms','images_per_s')}
-    setting = {f'latency_{k}':latency.get(k, c.get(k)) for k in ('batch','batches','guidance','precision','backend')}
-    return (every | setting | dict(card=card)) if latency else {}
+def _machine(card):
+    if not isinstance(card, dict): return card
+    name = card.get('device_name') or card.get('device')
+    return f"{name}, {card['threads']} threads" if card.get('device')=='cpu' and card.get('threads') else name
 
-# %% ../nbs/50_runs.ipynb #3f8cf57a
+def _timed(c, latency):
+    every = {k:latency.get(k) for k in ('seconds_50k','p50_ms','p90_ms','p99_ms','images_per_s')}
+    setting = {f'latency_{k}':latency.get(k, c.get(k)) for k in ('batch','batches','guidance','precision','backend','attention')}
+    return (every | setting | dict(card=_machine(latency.get('card')))) if latency else {}
+
+# %% ../nbs/50_runs.ipynb #f5412702
 def _row(record, folder):
-    device = record['device'].get('device_name') or record['device'].get('device')
     return dict(**{k:record[k] for k in ('kind','name','scale','seed')}, **_student(record['config'].get('student') or {}),
                 **_trained(record['config']), samples=record['samples'] or None, **record['metrics'], **_timed(record['config'], record['latency'] or {}),
-                seconds=record['seconds'], device=device, key=record['key'], folder=str(folder))
+                seconds=record['seconds'], device=_machine(record['device']), key=record['key'], folder=str(folder))
 
 def collect(
     *roots, # Folders of runs, e.g. `runs/` and `paper_figures/evidence/`; one that is not there counts as empty
