@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         "Logits (N, classes)."
         return self.head(self.features(x))
 
-# %% ../nbs/24_classifier.ipynb #11f136da
+# %% ../nbs/24_classifier.ipynb #747a9e7a
 def save_classifier(
     net:Classifier, # Trained network
     folder,         # Folder to make
@@ -63,7 +63,7 @@ def save_classifier(
     "Write config.json and model.safetensors (fp16), whole or not at all."
     with atomic(folder) as tmp:
         tmp.mkdir()
-        save_file({k:v.half() if v.is_floating_point() else v for k,v in net.state_dict().items()}, tmp/'model.safetensors')
+        save_file({k:(v.half() if v.is_floating_point() else v).contiguous() for k,v in net.state_dict().items()}, tmp/'model.safetensors')
         write_json(tmp/'config.json', {'class':'Classifier', 'width':net.width, 'classes':net.classes, 'card':card})
 
 class _Frozen(Classifier):

@@ -19,7 +19,7 @@ from .config import DiTConfig
 from .layers import Block, FinalLayer, LabelEmbedder, PatchEmbed, TimeEmbedder, position_code, unpatchify
 from .repro import atomic, weights_dir, write_json
 
-# %% ../nbs/12_dit.ipynb #01845861
+# %% ../nbs/12_dit.ipynb #5b40708a
 class DiT(nn.Module):
     "A diffusion transformer with adaLN-Zero blocks (paper, Section 2)."
     def __init__(self,
@@ -43,8 +43,7 @@ class DiT(nn.Module):
         taps=(),   # Layers, from 1, whose tokens are wanted too
     ): # Images (N, Co, R, R); with taps also {layer: tokens (N, T, D)}
         check_inputs(self.cfg, x, t, y, drop, taps)
-        tapped = {}
-        c = self.condition(t, y, drop)                       # (N, D)
+        c,tapped = self.condition(t, y, drop),{}             # (N, D)
         x = self.x_embedder(x) + self.pos_embed              # (N, T, D)
         for l,block in enumerate(self.blocks, 1):
             x = block(x, c)                                  # (N, T, D)

@@ -124,7 +124,7 @@ def attention(
     weights = (q*q.shape[-1]**-0.5)@k.transpose(-2,-1)       # (N, H, T, T)
     return weights.softmax(-1)@v
 
-# %% ../nbs/11_layers.ipynb #e9d7f22e
+# %% ../nbs/11_layers.ipynb #8a33d7f4
 class Attention(nn.Module):
     "Multi-head self-attention with biases; no mask, no dropout."
     def __init__(self,
@@ -144,6 +144,7 @@ class Attention(nn.Module):
         x = attention(q, k, v, self.backend).transpose(1,2)  # (N, T, H, D/H)
         return self.proj(x.reshape(n, t, d))                 # (N, T, D)
 
+# %% ../nbs/11_layers.ipynb #bdd42569
 def set_attention(
     model:nn.Module, # Anything with `Attention` inside
     backend:str,     # 'fused' or 'explicit'
@@ -154,7 +155,7 @@ def set_attention(
         if isinstance(m, Attention): m.backend = backend
     return model
 
-# %% ../nbs/11_layers.ipynb #67de5357
+# %% ../nbs/11_layers.ipynb #1b6e2705
 class MLP(nn.Module):
     "Two linear maps with a GELU (tanh form) between them."
     def __init__(self,
@@ -167,6 +168,7 @@ class MLP(nn.Module):
 
     def forward(self, x): return self.fc2(F.gelu(self.fc1(x), approximate='tanh')) # (N, T, D)
 
+# %% ../nbs/11_layers.ipynb #7c1da29a
 def modulate(
     x:torch.Tensor,     # Tokens (N, T, D)
     shift:torch.Tensor, # (N, D)
@@ -179,7 +181,7 @@ def modulation(width:int, parts:int):
     "The map from condition to `parts` modulation vectors."
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts*width))
 
-# %% ../nbs/11_layers.ipynb #e7ec91ca
+# %% ../nbs/11_layers.ipynb #473db14d
 class Block(nn.Module):
     "Attention and MLP, each normed, modulated and gated by the condition (adaLN-Zero)."
     def __init__(self,
@@ -199,6 +201,7 @@ class Block(nn.Module):
         x = x + gate1[:,None]*self.attn(modulate(x, shift1, scale1))
         return x + gate2[:,None]*self.mlp(modulate(x, shift2, scale2)) # (N, T, D)
 
+# %% ../nbs/11_layers.ipynb #1aa0af12
 class FinalLayer(nn.Module):
     "From tokens to the numbers of a patch."
     def __init__(self,

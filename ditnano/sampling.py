@@ -21,7 +21,7 @@ from .edm import to_bytes
 from .layers import cut_patches, unpatchify
 from .repro import atomic, noise_and_labels, pick_device
 
-# %% ../nbs/40_sampling.ipynb #4646c2ae
+# %% ../nbs/40_sampling.ipynb #f73dc717
 BACKENDS = ('eager','compiled')
 TIME = 0.  # The time at which a one-step student is asked, in training and after
 
@@ -36,6 +36,7 @@ def evaluating(
     finally:
         for m,mode in modes: m.training = mode
 
+# %% ../nbs/40_sampling.ipynb #5061954e
 class Compiled:
     "`torch.compile`, or the model itself where compiling fails; the warning then says why."
     def __init__(self, model): self.model,self.cfg,self.call,self.sure = model,model.cfg,torch.compile(model),False
@@ -44,21 +45,23 @@ class Compiled:
     def training(self): return self.model.training
 
     def __call__(self, *inputs):
-        if not self.sure:
-            try: self.call(*inputs)
-            except Exception as e:
-                warnings.warn(f"backend 'compiled' is not to be had here ({str(e).strip().splitlines()[0][:120]}); running eager")
-                self.call = self.model
-            self.sure = True
-        return self.call(*inputs)
+        if self.sure: return self.call(*inputs)
+        try: out = self.call(*inputs)
+        except Exception as e:
+            why = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+            warnings.warn(f"backend 'compiled' is not to be had here ({why}); running eager")
+            self.call,out = self.model,self.model(*inputs)
+        self.sure = True
+        return out
 
-# %% ../nbs/40_sampling.ipynb #1a8ddb19
+# %% ../nbs/40_sampling.ipynb #d40f55ee
 def _check_how(model, guidance, backend, precision):
     if backend not in BACKENDS: raise ValueError(f"backend {backend!r} is not here; here: {', '.join(BACKENDS)}")
     if precision not in PRECISIONS: raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
     if not math.isfinite(guidance): raise ValueError(f"guidance {guidance}: expected a finite number")
     if guidance!=1 and not model.cfg.label_dropout: raise ValueError(f"guidance {guidance}: a model with label_dropout=0 has no null label; expected 1")
 
+# %% ../nbs/40_sampling.ipynb #e95d368b
 def prepare(
     model,                 # A DiT or a FoldedDiT
     guidance:float=1.5,    # 1 is off, one pass; otherwise two passes in one batch
@@ -105,7 +108,7 @@ def balanced_labels(
     "Every label as often as every other, give or take one."
     return torch.arange(n)%classes
 
-# %% ../nbs/40_sampling.ipynb #ea48c069
+# %% ../nbs/40_sampling.ipynb #529f61a2
 def _stream(model, seeds, labels=None, guidance=1.5, backend='eager', precision='fp32', batch=None, device=None):
     if isinstance(seeds, int): raise ValueError(f"seeds={seeds}: expected several, such as range({seeds})")
     seeds,batch = [int(s) for s in seeds],128 if batch is None else batch
@@ -115,6 +118,7 @@ def _stream(model, seeds, labels=None, guidance=1.5, backend='eager', precision=
     labels,step = check_labels(labels, len(seeds), model.cfg), prepare(model, guidance, backend, precision, device)
     return len(seeds), _batches(step, model.cfg, seeds, labels, batch)
 
+# %% ../nbs/40_sampling.ipynb #fa7ac6b5
 def _batches(step, cfg, seeds, labels, batch):
     for i in range(0, len(seeds), batch):
         some = slice(i, i+batch)
@@ -131,7 +135,7 @@ def _collect(n, batches):
         i += len(x)
     return out
 
-# %% ../nbs/40_sampling.ipynb #96a26b97
+# %% ../nbs/40_sampling.ipynb #4ea58e7e
 def sample(
     model,                # A DiT or a FoldedDiT
     seeds,                # One per image: a range, a list, a tensor
@@ -145,6 +149,7 @@ def sample(
     "Images of a one-step student, one per seed."
     return _collect(*sample_batches(model, seeds, labels, guidance=guidance, backend=backend, precision=precision, batch=batch, device=device, counted=True))
 
+# %% ../nbs/40_sampling.ipynb #0e689f50
 def sample_batches(
     model, seeds, labels=None, # As for `sample`
     counted:bool=False,        # Return (number of images, iterator)
@@ -162,7 +167,7 @@ def generate(
     "The images of `sample` before they become bytes."
     return _collect(*_stream(model, seeds, labels, **how))
 
-# %% ../nbs/40_sampling.ipynb #2d8a15fe
+# %% ../nbs/40_sampling.ipynb #84a5c453
 def grid(
     images:torch.Tensor, # (N, 3, R, R) uint8
     columns:int=None,    # Pictures side by side; None makes it about square
@@ -183,6 +188,7 @@ def grid(
         sheet[i:i+h, j:j+w] = image
     return Image.fromarray(sheet.repeat(scale,0).repeat(scale,1))
 
+# %% ../nbs/40_sampling.ipynb #5ebdf90c
 def save_grid(
     images:torch.Tensor, # (N, 3, R, R) uint8
     path,                # A file; its suffix says the format
@@ -195,13 +201,14 @@ def save_grid(
     sheet = grid(images, **how)
     with atomic(path) as tmp: sheet.save(tmp, format=kind)
 
-# %% ../nbs/40_sampling.ipynb #d2dda32d
+# %% ../nbs/40_sampling.ipynb #52bfeec1
 def _tabled(part, c):
     "A copy of a block or final layer whose modulation is looked up by label."
     part = copy.deepcopy(part)
     part.adaLN_modulation = nn.Embedding.from_pretrained(part.adaLN_modulation(c))
     return part
 
+# %% ../nbs/40_sampling.ipynb #a75c6800
 class FoldedDiT(nn.Module):
     "A DiT for one-step inference: what depends on time and label alone is a table of labels."
     def __init__(self,
