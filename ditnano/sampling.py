@@ -135,7 +135,7 @@ def _collect(n, batches):
         i += len(x)
     return out
 
-# %% ../nbs/40_sampling.ipynb #4ea58e7e
+# %% ../nbs/40_sampling.ipynb #30c5f4a6
 def sample(
     model,                # A DiT or a FoldedDiT
     seeds,                # One per image: a range, a list, a tensor
@@ -147,18 +147,16 @@ def sample(
     device=None,          # None is where the model is
 )->torch.Tensor:          # (N, C, R, R) uint8, on the CPU
     "Images of a one-step student, one per seed."
-    return _collect(*sample_batches(model, seeds, labels, guidance=guidance, backend=backend, precision=precision, batch=batch, device=device, counted=True))
+    n,batches = _stream(model, seeds, labels, guidance, backend, precision, batch, device)
+    return _collect(n, (to_bytes(x) for x in batches))
 
-# %% ../nbs/40_sampling.ipynb #0e689f50
+# %% ../nbs/40_sampling.ipynb #b8a34302
 def sample_batches(
     model, seeds, labels=None, # As for `sample`
-    counted:bool=False,        # Return (number of images, iterator)
     **how,                     # guidance, backend, precision, batch, device, as for `sample`
 ): # Iterator over uint8 batches, in order of the seeds
     "The images of `sample`, a batch at a time; wrong input is refused at once, not at the first batch."
-    n,batches = _stream(model, seeds, labels, **how)
-    images = (to_bytes(x) for x in batches)
-    return (n,images) if counted else images
+    return (to_bytes(x) for x in _stream(model, seeds, labels, **how)[1])
 
 def generate(
     model, seeds, labels=None, # As for `sample`
