@@ -9,7 +9,6 @@ ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
-extras['all'] = sorted({r for name,rs in extras.items() if name != 'dev' for r in rs})
 minors = range(int(cfg['min_python'].split('.')[1]), 15)
 
 setup(

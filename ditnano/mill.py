@@ -162,7 +162,7 @@ def _unchanged(note, now, stem, out):
     except (OSError, ValueError): return False
     return old.get('inputs')==now and bool(old.get('outputs')) and old['outputs']==_made(stem, out)
 
-# %% ../nbs/53_mill.ipynb #31e59c6c
+# %% ../nbs/53_mill.ipynb #d8491479
 STAGES = ('experiments','','paper')   # Folders in nbs/; '' is any other
 
 def _stage(path): return next((i for i,s in enumerate(STAGES) if s and Path(path).parent.name==s), 1)
@@ -172,7 +172,7 @@ def _told(path, scale, name, runs, out):
     return check_parameters(path, {k:v for k,v in every.items() if k in known and v} | scale.experiments.get(Path(path).stem, {}))
 
 def _check_stems(scale, notebooks):
-    known = {Path(n).stem for n in notebooks} | {p.stem for p in (repo_root()/'nbs').glob('*/*.ipynb')}
+    known = {p.stem for n in notebooks for p in Path(n).resolve().parent.parent.glob('*/*.ipynb')}
     for stem in scale.experiments:
         if stem not in known: raise MillError(f"scale {scale.name}: parameters for {stem!r}; expected one of {', '.join(sorted(known))}")
 

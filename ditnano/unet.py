@@ -88,7 +88,7 @@ class Block(nn.Module):
         if self.norm2 is None: return h
         return (h + self.proj(attend(self.qkv(self.norm2(h)))))*math.sqrt(0.5)
 
-# %% ../nbs/20_unet.ipynb #087648b5
+# %% ../nbs/20_unet.ipynb #5c822161
 def _encoder(cfg, block):
     "Modules of the way down, and the widths of their outputs."
     enc, width, widths = nn.ModuleDict(), cfg.model_channels, []
@@ -102,6 +102,7 @@ def _encoder(cfg, block):
             widths.append(width)
     return enc, widths
 
+# %% ../nbs/20_unet.ipynb #717b8374
 def _decoder(cfg, block, widths):
     "Modules of the way up; each `block` takes one output of the encoder beside the current one."
     dec, width, widths = nn.ModuleDict(), widths[-1], list(widths)
