@@ -169,7 +169,7 @@ def sigma_steps(
     t = (sigma_max**(1/rho) + u*(sigma_min**(1/rho) - sigma_max**(1/rho)))**rho
     return torch.cat([t, t.new_zeros(1)])
 
-# %% ../nbs/21_edm.ipynb #3bd04b56
+# %% ../nbs/21_edm.ipynb #05399db1
 def slope(
     net,            # A denoiser
     x:torch.Tensor, # Noisy images (N, C, R, R)
@@ -184,6 +184,7 @@ def _step_dtype(device):
     warnings.warn("this device has no float64; the sampler steps in float32")
     return torch.float32
 
+# %% ../nbs/21_edm.ipynb #b8b604f4
 @torch.no_grad()
 def heun_sampler(
     net,                    # A denoiser: EDMPrecond or VPPrecond

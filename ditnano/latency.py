@@ -6,8 +6,8 @@
 __all__ = ['DTYPES', 'Timing', 'measure', 'cpu_clocks', 'gpu_clocks', 'device_card', 'extrapolate', 'batch_step', 'time_sampling',
            'Paired', 'paired', 'gemm_rate', 'copy_bandwidth', 'share_of_limit']
 
-# %% ../nbs/42_latency.ipynb #885f5452
-import contextlib, copy, math, os, time
+# %% ../nbs/42_latency.ipynb #4b44fd9e
+import contextlib, copy, math, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +17,9 @@ import torch
 from .repro import fingerprint, noise_and_labels, pick_device
 from .config import DiTConfig, GETConfig
 from .principles import count_flops, count_params
-from .dit import guided
 from .layers import set_attention
 from .edm import to_bytes
+from .sampling import prepare
 
 # %% ../nbs/42_latency.ipynb #3e9cca94
 @dataclass(frozen=True)
@@ -156,60 +156,49 @@ def extrapolate(
     return {whole:timing.p50*images/batch, **ms, **gpu, 'images_per_s':batch/timing.p50, 'images':images, 'batch':batch, 'batches':timing.n,
             'batches_in_all':math.ceil(images/batch), 'warmup':timing.warmup, 'settled':timing.settled, 'samples_ms':[1e3*s for s in timing.samples]}
 
-# %% ../nbs/42_latency.ipynb #33fe0366
-DTYPES = {'fp32':torch.float32, 'bf16':torch.bfloat16, 'fp16':torch.float16}
+# %% ../nbs/42_latency.ipynb #cde25eb1
+def _get_step(model, guidance, backend, precision, device):
+    if guidance!=1: raise ValueError(f"guidance={guidance} with a GET, which has no null label; expected guidance=None")
+    if (backend,precision)!=('eager','fp32'): raise ValueError(f"backend {backend!r} at {precision!r} with a GET; expected 'eager' at 'fp32'")
+    net = model.to(device).eval()
+    return torch.no_grad()(lambda x, y: net(x, y if net.cfg.classes else None))
 
-def _check_step(model, guidance, precision, backend):
-    if precision not in DTYPES: raise ValueError(f"precision {precision!r}; expected one of {', '.join(DTYPES)}")
-    if backend not in ('eager','compile'): raise ValueError(f"backend {backend!r}; expected 'eager' or 'compile' here (others: `export`)")
-    if isinstance(getattr(model,'cfg',None), GETConfig) and guidance not in (None,1): raise ValueError(f"guidance={guidance} with a GET, which has no null label; expected guidance=None")
-
-def _forward(net, x, t, y, guidance):
-    if isinstance(getattr(net,'cfg',None), GETConfig): return net(x, y)
-    return net(x, t, y) if guidance in (None,1) else guided(net, x, t, y, guidance)
-
-# %% ../nbs/42_latency.ipynb #35133748
 def batch_step(
-    model,                # DiT, GET, or anything called as (x, t, y)
+    model,                # DiT, folded DiT or GET
     batch:int=128,        # Images per call
     guidance:float=1.5,   # Guidance scale; None or 1 runs each image once
-    precision:str='fp32', # 'fp32', 'bf16' or 'fp16': weights and activations
-    backend:str='eager',  # 'eager' or 'compile'
+    precision:str='fp32', # 'fp32' or 'bf16'
+    backend:str='eager',  # 'eager' or 'compiled'
     attention:str='fused', # 'fused' or 'explicit'
     device='cpu',         # Where to run
-)->tuple: # A function without arguments that makes `batch` images, uint8 on the device, and the backend that it runs on
+): # A function without arguments that makes `batch` images, uint8 on the device
     "One batch of one-step sampling, from noise that is already there."
-    _check_step(model, guidance, precision, backend)
-    device, dtype = pick_device(str(device)), DTYPES[precision]
-    net = set_attention(copy.deepcopy(model).eval().to(device, dtype), attention)
-    z, y = noise_and_labels(range(batch), classes=getattr(getattr(model,'cfg',None), 'classes', 10) or 10)
-    x, t, y = z.to(device, dtype), torch.zeros(batch, device=device), y.to(device)
-    def step_of(net):
-        @torch.inference_mode()
-        def step(): return to_bytes(_forward(net, x, t, y, guidance)[:,:3].float())
-        return step
-    return _compiled(step_of, net) if backend=='compile' else (step_of(net), 'eager')
+    device, guidance = pick_device(str(device)), 1 if guidance is None else guidance
+    net, cfg = set_attention(copy.deepcopy(model), attention), model.cfg
+    make = (_get_step if isinstance(cfg, GETConfig) else prepare)(net, guidance, backend, precision, device)
+    x, y = noise_and_labels(range(batch), (cfg.channels,cfg.image_size,cfg.image_size), cfg.classes or 1)
+    x, y = x.to(device), y.to(device)
+    return lambda: to_bytes(make(x, y))
 
-# %% ../nbs/42_latency.ipynb #403a0363
-def _compiled(step_of, net):
-    "A compiled step, tried once; the eager one where that fails."
-    try:
-        step = step_of(torch.compile(net))
+# %% ../nbs/42_latency.ipynb #52f4bb38
+def _ran(step, backend):
+    "Call once; the backend that ran."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
         step()
-        return step, 'compile'
-    except Exception as e:
-        print(f"compile is not possible here ({type(e).__name__}); eager instead")
-        return step_of(net), 'eager'
+    eager = [w for w in said if 'running eager' in str(w.message)]
+    for w in eager: print(w.message)
+    return 'eager' if eager else backend
 
-# %% ../nbs/42_latency.ipynb #ba1749b0
+# %% ../nbs/42_latency.ipynb #3933b063
 def time_sampling(
-    model,                # DiT, GET, or anything called as (x, t, y)
+    model,                # DiT, folded DiT or GET
     batch:int=128,        # Images per batch
     images:int=50_000,    # Images to extrapolate to
     batches:int=3,        # Timed batches
     guidance:float=1.5,   # Guidance scale; None or 1 is off
-    precision:str='fp32', # 'fp32', 'bf16' or 'fp16'
-    backend:str='eager',  # 'eager' or 'compile'
+    precision:str='fp32', # 'fp32' or 'bf16'
+    backend:str='eager',  # 'eager' or 'compiled'
     device='cpu',         # Where to run; 'auto' takes a GPU if there is one
     attention:str='fused', # 'fused' or 'explicit'
     max_warmup:int=20,    # Most warm-up batches
@@ -218,7 +207,8 @@ def time_sampling(
     "Seconds that `images` images take, from a stated number of batches, with the device's card."
     if min(batch,images,batches)<1: raise ValueError(f"batch={batch}, images={images}, batches={batches}; expected 1 or more")
     device = pick_device(str(device or 'auto'))
-    step, backend = batch_step(model, batch, guidance, precision, backend, attention, device)
+    step = batch_step(model, batch, guidance, precision, backend, attention, device)
+    backend = _ran(step, backend)
     out = extrapolate(measure(step, batches, device, max_warmup=max_warmup, max_seconds=max_seconds), batch, images)
     card = device_card(device, precision, guidance, attention, backend, timed='forward, guidance, rounding on the device; noise and copy to the host excluded')
     return out | {'guidance':guidance, 'precision':precision, 'backend':backend, 'attention':attention, 'card':card}
@@ -270,7 +260,9 @@ def paired(
     low, ratio, high = np.percentile(ratios, [25,50,75]).tolist()
     return Paired(*(Timing.of(w,*s,g) for w,s,g in zip(walls,warm,gpus)), ratio, low, high, rounds, items)
 
-# %% ../nbs/42_latency.ipynb #8ea4a474
+# %% ../nbs/42_latency.ipynb #feecbdd7
+DTYPES = {'fp32':torch.float32, 'bf16':torch.bfloat16, 'fp16':torch.float16}
+
 def gemm_rate(
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16'
     device='cpu',         # Where to multiply

@@ -6,7 +6,7 @@
 __all__ = ['ROUNDING', 'EXTRACTORS', 'INCEPTION', 'RESIZE', 'USUAL', 'as_bytes', 'Statistics', 'statistics', 'frechet_distance',
            'classifier_score', 'accuracy', 'Extractor', 'exact_convolutions', 'extractor_file', 'available_extractors',
            'get_extractor', 'images_hash', 'save_statistics', 'load_statistics', 'reference_statistics', 'frechet',
-           'TensorImages', 'fidelity', 'loss_backbone', 'check_judges', 'named', 'evaluate', 'card']
+           'TensorImages', 'fidelity', 'loss_backbone', 'check_judges', 'named', 'evaluate', 'over_blocks', 'card']
 
 # %% ../nbs/41_metrics.ipynb #1a64497d
 import contextlib, hashlib
@@ -346,6 +346,17 @@ def evaluate(
     out = {'samples':len(images)}
     for e in extractors: out |= _judged(e, images, labels, reference_set, splits)
     return out
+
+# %% ../nbs/41_metrics.ipynb #ddfe1f77
+def over_blocks(
+    evaluations, # One result of `evaluate` per block of seeds, all of the same sample count
+)->dict: # Name -> {'mean', 'min', 'max', 'blocks'}, and `samples` of each block
+    "Several blocks of samples: the mean of each number with its range (EDM's protocol reports the minimum of three)."
+    counts = {e['samples'] for e in evaluations}
+    if len(counts)!=1: raise ValueError(f"blocks of {sorted(counts)} samples; expected one or more blocks of equal size")
+    names = [k for k in evaluations[0] if k!='samples']
+    each = {k:[e[k] for e in evaluations] for k in names}
+    return {'samples':counts.pop()} | {k:{'mean':float(np.mean(v)), 'min':min(v), 'max':max(v), 'blocks':len(v)} for k,v in each.items()}
 
 # %% ../nbs/41_metrics.ipynb #a0cd328b
 def _reference_card(reference):
