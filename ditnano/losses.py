@@ -151,7 +151,7 @@ class LPIPS(_Seeing):
         "Weighted squared differences, mean over space, sum over depths; `model[-1]` is the head behind its dropout."
         return sum(head.model[-1]((a-b).square()).mean((1,2,3)) for head,a,b in zip(net.lins, ours, theirs))
 
-# %% ../nbs/30_losses.ipynb #dc169761
+# %% ../nbs/30_losses.ipynb #bf35067f
 def _fused(net):
     "A copy whose batch norms are folded into the convolutions before them."
     net = copy.deepcopy(net).eval()
@@ -168,7 +168,7 @@ class Perceptual(_Seeing):
         resize:int=32,  # Both images are brought to this side first; None leaves them
         net=None,       # A module with `stages(x)`, instead of loading one
     ):
-        super().__init__(_fused(load_classifier(name) if net is None else net), resize)
+        super().__init__(_fused(load_classifier(name) if net is None else net).to(memory_format=torch.channels_last), resize)
         self.name = f'perceptual-{name}@{_size(resize)}'
 
     def features(self, net, x): return [x, *(unit(f, self.eps) for f in net.stages(x))]
