@@ -16,10 +16,24 @@ from torch import nn
 from .classifier import load_classifier
 from .repro import import_guarded, torch_home
 
-# %% ../nbs/30_losses.ipynb #9ddfb3b7
+# %% ../nbs/30_losses.ipynb #2c3d83ae
 LIMIT = 10.0 # Largest absolute value of a target; bytes go far beyond, noisy targets stay below 6
 LOOKS = 8    # Targets looked at on an accelerator
 
+def _check(loss, prediction, target):
+    for what,v in (('prediction',prediction), ('target',target)):
+        if not v.is_floating_point(): raise ValueError(f"{loss.name}: the {what} is {str(v.dtype)[6:]}; expected float images in [-1, 1] (bytes / 127.5 - 1)")
+    if prediction.shape!=target.shape or target.ndim!=4:
+        raise ValueError(f"{loss.name}: prediction {tuple(prediction.shape)} and target {tuple(target.shape)}; expected equal shapes (N, C, R, R)")
+    loss.looks += 1
+    if not target.numel() or (target.device.type!='cpu' and loss.looks>LOOKS): return
+    lo, hi = target.detach().aminmax()
+    if max(-lo, hi)>LIMIT: raise ValueError(f"{loss.name}: the target reaches {max(-lo,hi):.0f}; expected images in [-1, 1] (bytes / 127.5 - 1)")
+    if 0<=lo<hi and not loss.warned:
+        warnings.warn(f"{loss.name}: no value of the target is below 0; are these images in [0, 1]? expected [-1, 1]", stacklevel=4)
+        loss.warned = True
+
+# %% ../nbs/30_losses.ipynb #7db865b2
 class Loss(nn.Module):
     "Checks, float32 inside, frozen; a subclass gives `distance(prediction, target) -> (N,)`."
     name = 'loss'
@@ -36,7 +50,7 @@ class Loss(nn.Module):
         target:torch.Tensor,     # Images of the same shape, in [-1, 1]; takes no gradient
     )->torch.Tensor:             # Distances (N,), float32
         "One distance per image, in float32 whatever autocast says."
-        self._check(prediction, target)
+        _check(self, prediction, target)
         with torch.autocast(prediction.device.type, enabled=False):
             return self.distance(prediction.float(), target.detach().float())
 
@@ -45,22 +59,6 @@ class Loss(nn.Module):
         return self.per_sample(prediction, target).mean()
 
     def __repr__(self): return f"{type(self).__name__}({self.name})"
-
-# %% ../nbs/30_losses.ipynb #892c9b6d
-def _check(self, prediction, target):
-    for what,v in (('prediction',prediction), ('target',target)):
-        if not v.is_floating_point(): raise ValueError(f"{self.name}: the {what} is {str(v.dtype)[6:]}; expected float images in [-1, 1] (bytes / 127.5 - 1)")
-    if prediction.shape!=target.shape or target.ndim!=4:
-        raise ValueError(f"{self.name}: prediction {tuple(prediction.shape)} and target {tuple(target.shape)}; expected equal shapes (N, C, R, R)")
-    self.looks += 1
-    if not target.numel() or (target.device.type!='cpu' and self.looks>LOOKS): return
-    lo, hi = target.detach().aminmax()
-    if max(-lo, hi)>LIMIT: raise ValueError(f"{self.name}: the target reaches {max(-lo,hi):.0f}; expected images in [-1, 1] (bytes / 127.5 - 1)")
-    if 0<=lo<hi and not self.warned:
-        warnings.warn(f"{self.name}: no value of the target is below 0; are these images in [0, 1]? expected [-1, 1]", stacklevel=4)
-        self.warned = True
-
-Loss._check = _check
 
 # %% ../nbs/30_losses.ipynb #b596b73e
 class L1(Loss):
@@ -116,7 +114,7 @@ def _lpips_net(net):
 
 def _original(key): return 'features.'+key.split('.',1)[1]   # slice2.5.weight was features.5.weight
 
-# %% ../nbs/30_losses.ipynb #206c2bc4
+# %% ../nbs/30_losses.ipynb #6a9f1372
 class _Seeing(Loss):
     "A loss that looks through a frozen network, kept out of sight of parents."
     def __init__(self, net, resize):
@@ -130,10 +128,12 @@ class _Seeing(Loss):
         return net
 
     def distance(self, prediction, target):
+        if prediction.shape[1]!=3: raise ValueError(f"{self.name}: {prediction.shape[1]} channels; expected 3")
         net = self.net(prediction.device)
         with torch.no_grad(): theirs = self.features(net, resized(target, self.resize))
         return self.compare(net, self.features(net, resized(prediction, self.resize)), theirs)
 
+# %% ../nbs/30_losses.ipynb #82561c1a
 def _size(resize): return 'native' if resize is None else resize
 
 class LPIPS(_Seeing):
