@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INK', 'FAINT', 'SERIES', 'INCHES', 'RC', 'SINGLE', 'SEVERAL', 'NOT_RUN', 'NOT_MEASURED', 'PROOF', 'lightness',
-           'theme', 'figure', 'stamp', 'pick', 'distances', 'over_seeds', 'beside', 'escape_tex', 'as_text',
-           'save_table', 'save_figure']
+           'theme', 'figure', 'stamp', 'pick', 'distances', 'scores', 'latency_note', 'open_runs', 'publish_drawn',
+           'over_seeds', 'beside', 'escape_tex', 'as_text', 'save_table', 'save_figure']
 
-# %% ../nbs/52_figures.ipynb #43d255e2
+# %% ../nbs/52_figures.ipynb #d6eab3cf
 import textwrap
 from pathlib import Path
 
@@ -17,7 +17,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import to_rgb
 
-from .repro import atomic
+from .config import load_scale
+from .repro import atomic, repo_root
+from .runs import collect, publish
 
 # %% ../nbs/52_figures.ipynb #5af92f11
 def lightness(
@@ -94,7 +96,7 @@ def stamp(
                  guidance=s['guidance'], judges=m['judges'], seeds=m['seed'], device=m['device'])
     return ' · '.join(f"{k.replace('_',' ')} {v}" for k,v in parts.items() if v)
 
-# %% ../nbs/52_figures.ipynb #596bb26a
+# %% ../nbs/52_figures.ipynb #448dae4a
 def pick(
     frame,          # What `runs.collect` gives
     experiment:str, # Stem of the notebook in nbs/experiments that makes these runs
@@ -109,14 +111,49 @@ def pick(
         raise LookupError(f"no runs with {', '.join(f'{k}={v!r}' for k,v in where.items())}; expected those that nbs/experiments/{experiment}.ipynb makes")
     return frame[keep].reset_index(drop=True)
 
+# %% ../nbs/52_figures.ipynb #f51eeb7a
+def _measured(frame, prefixes): return [c for c in frame if str(c).startswith(prefixes) and frame[c].notna().any()]
+
 def distances(
     frame, # Rows of `runs.collect`
 )->list: # Names of columns: Inception's FID first, where there is one
     "The Frechet distances that these runs were judged by; lower is better."
-    names = [c for c in frame if str(c).startswith(('FID','FD-')) and frame[c].notna().any()]
-    return sorted(names, key=lambda c: not c.startswith('FID'))
+    return sorted(_measured(frame, ('FID','FD-')), key=lambda c: not c.startswith('FID'))
 
-# %% ../nbs/52_figures.ipynb #ee6c6ef3
+def scores(
+    frame, # Rows of `runs.collect`
+)->list: # Names of columns: Inception's IS first, where there is one
+    "The scores that these runs were judged by; higher is better."
+    return sorted(_measured(frame, ('IS','classifier score')), key=lambda c: not c.startswith('IS'))
+
+def latency_note(
+    frame, # Rows of `runs.collect`
+)->str: # Empty when no latency was measured
+    "How the seconds for 50,000 images were come by."
+    timed = frame[frame.seconds_50k.notna()] if 'seconds_50k' in frame else frame[:0]
+    if not len(timed): return ''
+    each = {c:', '.join(map(_number, _values(timed,f'latency_{c}'))) for c in ('batches','batch','guidance','precision','attention')}
+    said = [f'{k} {each[k]}' for k in ('guidance','precision','attention') if each[k]]
+    return f"seconds for 50,000 images extrapolated from {each['batches']} batches of {each['batch']}, {', '.join(said)}, on {', '.join(_values(timed,'card'))}"
+
+# %% ../nbs/52_figures.ipynb #da5217a5
+def open_runs(
+    scale:str, # Name of a scale, or path of its YAML file
+    runs='',   # Folder of runs; `runs/` in the repository by default
+    out='',    # Folder of figures; `paper_figures/` in the repository by default
+)->tuple: # The Scale, the frame of all runs and published evidence, and the folder of figures
+    "What a drawing notebook starts from."
+    out = Path(out or repo_root()/'paper_figures')
+    return load_scale(scale), collect(runs or repo_root()/'runs', out/'evidence'), out
+
+def publish_drawn(
+    frame, # Rows that were drawn
+    out,   # Folder of figures
+)->int: # Number of records
+    "Copy the records behind a figure to its evidence."
+    return len({publish(f, Path(out)/'evidence') for f in frame.folder})
+
+# %% ../nbs/52_figures.ipynb #1cf38ebb
 def over_seeds(
     frame,  # Rows of `runs.collect`
     by,     # Columns that tell the designs apart
@@ -124,7 +161,7 @@ def over_seeds(
 ): # One row per design: `by`, each value, its 'sd' where a design has several seeds, and `seeds`
     "Mean and standard deviation over seeds."
     for key,g in frame.groupby(list(by), dropna=False):
-        if extra := [c for c in (*SINGLE,'recipe','loss','batch','lr') if len(_values(g,c))>1]:
+        if extra := [c for c in ('depth','width','heads',*SINGLE,'recipe','loss','batch','lr') if len(_values(g,c))>1]:
             raise ValueError(f"{dict(zip(by,key))}: runs differ in {extra[0]}; expected runs that differ in the seed alone")
         if g.get('seed') is not None and g.seed.duplicated().any(): raise ValueError(f"{dict(zip(by,key))}: seed {g.seed[g.seed.duplicated()].iloc[0]} twice; expected one run per seed")
     groups = frame.groupby(list(by), dropna=False, sort=False)

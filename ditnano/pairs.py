@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from . import edm
 from .repro import atomic, cache_dir, content_hash, file_hash, noise_and_labels, pick_device, weights_dir, write_json
 
-# %% ../nbs/23_pairs.ipynb #55646f1f
+# %% ../nbs/23_pairs.ipynb #1de8d5b1
 def teacher_hash(
     net:torch.nn.Module, # A teacher
 )->str: # SHA-256, 64 hexadecimal digits
@@ -31,6 +31,7 @@ def teacher_hash(
         h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+# %% ../nbs/23_pairs.ipynb #7d950f62
 def pairs_recipe(
     net,                # The teacher
     name:str,           # What people call it
@@ -69,7 +70,7 @@ def sample_pairs(
     if bad: raise ValueError(f"teacher {recipe['teacher']['name']!r} gave an image that is not finite for seed {seeds[bad[0]]}; its shard is not written")
     return z, x, y
 
-# %% ../nbs/23_pairs.ipynb #7be39c09
+# %% ../nbs/23_pairs.ipynb #2e8e58d6
 def _seed_range(seeds):
     "First seed and one past the last, of a range, a count, '0-999', or a list without gaps."
     if isinstance(seeds, str):
@@ -81,6 +82,7 @@ def _seed_range(seeds):
         raise ValueError("seeds: expected a range without gaps, from 0 or more, as in range(1000) or '0-999'")
     return seeds[0], seeds[-1]+1
 
+# %% ../nbs/23_pairs.ipynb #16352065
 def _missing(
     shards:list, # Records with `seeds` (first, one past last), in order
     a:int,       # First seed wanted
@@ -110,7 +112,7 @@ def _write_shard(out, tensors, lo, hi, **facts):
     with atomic(path) as tmp: save_file(tensors, tmp)
     return {'file':path.name, 'seeds':[lo,hi], 'count':hi-lo, 'bytes':path.stat().st_size, 'sha256':file_hash(path), **facts}
 
-# %% ../nbs/23_pairs.ipynb #68d5450b
+# %% ../nbs/23_pairs.ipynb #96428695
 def read_manifest(
     folder, # A folder made by `make_pairs`
 )->dict: # `recipe`, `layout`, `seeds` (first, one past last), `shards`
@@ -123,6 +125,7 @@ def read_manifest(
     except (ValueError, KeyError, IndexError, TypeError): raise ValueError(f"{path}: not a manifest of pairs") from None
     return m
 
+# %% ../nbs/23_pairs.ipynb #5eca1040
 def _flat(d, at=''):
     return {q:w for k,v in d.items() for q,w in (_flat(v, f'{at}{k}.') if isinstance(v,dict) else {at+k:v}).items()}
 
@@ -217,7 +220,7 @@ def map_safetensors(
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f"{path}: not a readable shard ({type(e).__name__})") from None
 
-# %% ../nbs/23_pairs.ipynb #f2da4a2c
+# %% ../nbs/23_pairs.ipynb #3d2cf10a
 CHECKS = ('size','hash',None)
 
 def _check_shard(path, record, check):
@@ -228,6 +231,9 @@ def _check_shard(path, record, check):
     if size!=record['bytes']: raise ValueError(f"{path}: {size:,} bytes, expected {record['bytes']:,}; cut short or altered")
     if check=='hash' and file_hash(path)!=record['sha256']: raise ValueError(f"{path}: content differs from the manifest's sha256; altered")
 
+# %% ../nbs/23_pairs.ipynb #3ec00c6f
+def _place(folder, record): return Path(folder)/Path(record['file']).name
+
 def _covered(m):
     "Pairs from the first seed on, up to the first that is missing."
     p = m['seeds'][0]
@@ -235,6 +241,16 @@ def _covered(m):
         if s['seeds'][0]!=p: break
         p = s['seeds'][1]
     return p-m['seeds'][0]
+
+def _records(folder, m, limit, check):
+    "The shards of the first `limit` pairs, looked at, and how many pairs that is."
+    if check not in CHECKS: raise ValueError(f"check={check!r}: expected 'size', 'hash' or None")
+    (a, b), n = m['seeds'], _covered(m)
+    want = b-a if limit is None else limit
+    if not 1<=want<=n: raise ValueError(f"{folder}: {n} of {b-a} pairs are there, {want} asked for; run make_pairs again, or give a smaller limit")
+    records = [s for s in m['shards'] if s['seeds'][0]<a+want]
+    for s in records: _check_shard(_place(folder, s), s, check)
+    return records, want
 
 # %% ../nbs/23_pairs.ipynb #e090a0dc
 class _Noise:
@@ -284,7 +300,7 @@ class _Shards:
 
 FEW = 8 # rows; one touch can map 2 MB where the system caches files in large pieces
 
-# %% ../nbs/23_pairs.ipynb #afcdf824
+# %% ../nbs/23_pairs.ipynb #14d56551
 class PairDataset(torch.utils.data.Dataset):
     "Pairs in the order of their seeds: `[i] -> (z, x, y)`, images unclipped."
     def __init__(self,
@@ -293,19 +309,13 @@ class PairDataset(torch.utils.data.Dataset):
         limit:int=None,   # Only the first `limit` pairs
         noise_cache=256,  # MB of regenerated noise to keep
     ):
-        if check not in CHECKS: raise ValueError(f"check={check!r}: expected 'size', 'hash' or None")
         m, self.folder = read_manifest(folder), Path(folder)
-        (a, b), n = m['seeds'], _covered(m)
-        want = b-a if limit is None else limit
-        if not 1<=want<=n: raise ValueError(f"{folder}: {n} of {b-a} pairs are there, {want} asked for; run make_pairs again, or give a smaller limit")
-        self.seeds = range(a, a+want)
-        records = [s for s in m['shards'] if s['seeds'][0]<a+want]
-        paths = [self.folder/Path(s['file']).name for s in records]
-        for p,s in zip(paths, records): _check_shard(p, s, check)
-        self.recipe = m['recipe'] | {'seeds':[a, a+want]}
+        records, want = _records(self.folder, m, limit, check)
+        a = m['seeds'][0]
+        self.seeds, self.recipe = range(a, a+want), m['recipe'] | {'seeds':[a, a+want]}
         self.hash = content_hash(_identity(self.recipe))
-        self._shards = _Shards(paths, [s['count'] for s in records], self.recipe['shape'])
         self._starts = np.array([s['seeds'][0]-a for s in records])
+        self._shards = _Shards([_place(folder, s) for s in records], [s['count'] for s in records], self.recipe['shape'])
         self._noise = _Noise(self.seeds, self.recipe, noise_cache)
 
     def __len__(self): return len(self.seeds)
