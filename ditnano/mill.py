@@ -133,7 +133,7 @@ def run_notebook(
         if rc: raise MillError(_explain(path, Path(folder), rc))
     return time.monotonic()-t0
 
-# %% ../nbs/53_mill.ipynb #a0b9e9a0
+# %% ../nbs/53_mill.ipynb #aa099090
 def _results(folders, scale):
     found = {}
     for f in (f.parent for folder in folders for f in sorted(Path(folder).glob('*/result.json'))):
@@ -141,8 +141,18 @@ def _results(folders, scale):
         if scale in (r['scale'], *r.get('also',[])): found.setdefault(f.name, record_hash(r))
     return found
 
-def _code(): return {p.name:file_hash(p) for p in sorted(weights_dir().parent.glob('*.py'))}
+def _code(source):
+    "Hashes of our modules that this source imports, directly or through another."
+    package, found, ahead = weights_dir().parent, {}, [source]
+    while ahead:
+        for name in re.findall(r'^\s*(?:from|import) (?:ditnano)?\.(\w+)', ahead.pop(), re.M):
+            path = package/f'{name}.py'
+            if name in found or not path.is_file(): continue
+            found[name] = file_hash(path)
+            ahead.append(path.read_text())
+    return found
 
+# %% ../nbs/53_mill.ipynb #2814b259
 def inputs_hash(
     notebook,        # A drawing notebook
     parameters:dict, # What it is told
@@ -152,7 +162,7 @@ def inputs_hash(
     "Hash of all that a drawing depends on."
     import nbformat
     source = [[c.cell_type,c.source] for c in nbformat.read(notebook, 4).cells]
-    return content_hash(dict(source=source, parameters=parameters, code=_code(), results=_results(folders, scale)))
+    return content_hash(dict(source=source, parameters=parameters, code=_code('\n'.join(s for _,s in source)), results=_results(folders, scale)))
 
 # %% ../nbs/53_mill.ipynb #8e7ae45d
 def _made(stem, out): return {p.name:file_hash(p) for p in sorted(Path(out).glob(f'{stem}.*'))}

@@ -300,7 +300,7 @@ class _Shards:
 
 FEW = 8 # rows; one touch can map 2 MB where the system caches files in large pieces
 
-# %% ../nbs/23_pairs.ipynb #14d56551
+# %% ../nbs/23_pairs.ipynb #24ccd089
 class PairDataset(torch.utils.data.Dataset):
     "Pairs in the order of their seeds: `[i] -> (z, x, y)`, images unclipped."
     def __init__(self,
@@ -311,11 +311,11 @@ class PairDataset(torch.utils.data.Dataset):
     ):
         m, self.folder = read_manifest(folder), Path(folder)
         records, want = _records(self.folder, m, limit, check)
-        a = m['seeds'][0]
+        a, shape = m['seeds'][0], m['recipe']['shape']
         self.seeds, self.recipe = range(a, a+want), m['recipe'] | {'seeds':[a, a+want]}
         self.hash = content_hash(_identity(self.recipe))
         self._starts = np.array([s['seeds'][0]-a for s in records])
-        self._shards = _Shards([_place(folder, s) for s in records], [s['count'] for s in records], self.recipe['shape'])
+        self._shards = _Shards([_place(folder, s) for s in records], [s['count'] for s in records], shape)
         self._noise = _Noise(self.seeds, self.recipe, noise_cache)
 
     def __len__(self): return len(self.seeds)
