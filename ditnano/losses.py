@@ -114,12 +114,11 @@ def _lpips_net(net):
 
 def _original(key): return 'features.'+key.split('.',1)[1]   # slice2.5.weight was features.5.weight
 
-# %% ../nbs/30_losses.ipynb #6a9f1372
+# %% ../nbs/30_losses.ipynb #64df99cd
 class _Seeing(Loss):
     "A loss that looks through a frozen network, kept out of sight of parents."
     def __init__(self, net, resize):
         super().__init__()
-        if resize is not None and (isinstance(resize,bool) or not isinstance(resize,int) or resize<8): raise ValueError(f"resize={resize!r}: expected None or 8 pixels or more")
         self.resize, self._held = resize, [net.eval().requires_grad_(False)]
 
     def net(self, device):
@@ -133,8 +132,12 @@ class _Seeing(Loss):
         with torch.no_grad(): theirs = self.features(net, resized(target, self.resize))
         return self.compare(net, self.features(net, resized(prediction, self.resize)), theirs)
 
-# %% ../nbs/30_losses.ipynb #82561c1a
-def _size(resize): return 'native' if resize is None else resize
+# %% ../nbs/30_losses.ipynb #85b01316
+def _size(resize):
+    "The size as it stands in a name."
+    if resize is None: return 'native'
+    if isinstance(resize, bool) or not isinstance(resize, int) or resize<8: raise ValueError(f"resize={resize!r}: expected None or 8 pixels or more")
+    return resize
 
 class LPIPS(_Seeing):
     "Learned perceptual distance with the package's calibrated heads (Zhang et al. 2018; paper, Section 3.1)."
@@ -142,8 +145,9 @@ class LPIPS(_Seeing):
         net:str='vgg',   # Backbone: 'vgg', 'squeeze' or 'alex'
         resize:int=224,  # Both images are brought to this side first; None leaves them
     ):
+        name = f'LPIPS-{net}@{_size(resize)}'
         super().__init__(_lpips_net(net), resize)
-        self.name = f'LPIPS-{net}@{_size(resize)}'
+        self.name = name
 
     def features(self, net, x): return [unit(f) for f in net.net(net.scaling_layer(x))]
 
@@ -151,7 +155,7 @@ class LPIPS(_Seeing):
         "Weighted squared differences, mean over space, sum over depths; `model[-1]` is the head behind its dropout."
         return sum(head.model[-1]((a-b).square()).mean((1,2,3)) for head,a,b in zip(net.lins, ours, theirs))
 
-# %% ../nbs/30_losses.ipynb #bf35067f
+# %% ../nbs/30_losses.ipynb #dc573e4f
 def _fused(net):
     "A copy whose batch norms are folded into the convolutions before them."
     net = copy.deepcopy(net).eval()
@@ -168,8 +172,9 @@ class Perceptual(_Seeing):
         resize:int=32,  # Both images are brought to this side first; None leaves them
         net=None,       # A module with `stages(x)`, instead of loading one
     ):
+        full = f'perceptual-{name}@{_size(resize)}'
         super().__init__(_fused(load_classifier(name) if net is None else net).to(memory_format=torch.channels_last), resize)
-        self.name = f'perceptual-{name}@{_size(resize)}'
+        self.name = full
 
     def features(self, net, x): return [x, *(unit(f, self.eps) for f in net.stages(x))]
 
