@@ -7,7 +7,7 @@ __all__ = ['TILE', 'ATTENTION', 'cut_patches', 'unpatchify', 'PatchEmbed', 'posi
            'LabelEmbedder', 'TiledAttention', 'attention', 'Attention', 'set_attention', 'MLP', 'modulate',
            'modulation', 'Block', 'FinalLayer']
 
-# %% ../nbs/11_layers.ipynb #c57151d7
+# %% ../nbs/11_layers.ipynb #1af40eaf
 import math
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-# %% ../nbs/11_layers.ipynb #d669d78b
+# %% ../nbs/11_layers.ipynb #198cc200
 def cut_patches(
     x:torch.Tensor, # Images (N, C, R, R)
     p:int,          # Side of a patch in pixels; divides R
@@ -37,7 +37,7 @@ def unpatchify(
     v = v.reshape(n, g, g, p, p, f//(p*p))           # (N, g, g, p, p, C)
     return v.permute(0,5,1,3,2,4).reshape(n, f//(p*p), g*p, g*p)
 
-# %% ../nbs/11_layers.ipynb #b7b6d66b
+# %% ../nbs/11_layers.ipynb #cc6ee833
 class PatchEmbed(nn.Module):
     "One linear map of every patch."
     def __init__(self,
@@ -53,7 +53,7 @@ class PatchEmbed(nn.Module):
         x = cut_patches(x, self.patch)                       # (N, T, P)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias) # (N, T, D)
 
-# %% ../nbs/11_layers.ipynb #4e1b8ee5
+# %% ../nbs/11_layers.ipynb #5e1ca967
 def position_code(
     width:int, # Features D, a multiple of 4
     side:int,  # Tokens on a side of the image
@@ -66,7 +66,7 @@ def position_code(
     code = np.concatenate([np.tile(axis,(side,1)), np.repeat(axis,side,0)], 1)
     return torch.from_numpy(code).float()[None]              # (1, T, D)
 
-# %% ../nbs/11_layers.ipynb #7f62dbe1
+# %% ../nbs/11_layers.ipynb #a83a7110
 def time_features(
     t:torch.Tensor, # Times (N,), fractions allowed
     count:int=256,  # Number of features, even
@@ -87,7 +87,7 @@ class TimeEmbedder(nn.Module):
     def forward(self, t):                                    # (N,)
         return self.mlp(time_features(t, self.count).to(self.mlp[0].weight.dtype)) # (N, D)
 
-# %% ../nbs/11_layers.ipynb #e8342ff5
+# %% ../nbs/11_layers.ipynb #c8a9722b
 class LabelEmbedder(nn.Module):
     "A table of label vectors; in training, labels become null with probability `dropout`."
     def __init__(self,
@@ -109,7 +109,7 @@ class LabelEmbedder(nn.Module):
             y = torch.where(drop==1, self.classes, y)
         return self.embedding_table(y)                       # (N, D)
 
-# %% ../nbs/11_layers.ipynb #33ca0195
+# %% ../nbs/11_layers.ipynb #00669c02
 TILE = 2**20 # Attention weights in one tile, 2 MB of bfloat16
 
 def _weights(q, k): return torch.bmm(q*q.shape[-1]**-0.5, k.transpose(1,2)).softmax(-1) # (n, T, T)
@@ -137,7 +137,7 @@ class TiledAttention(torch.autograd.Function):
             grads.append((torch.bmm(d,k)*s, torch.bmm(d.transpose(1,2),q)*s, torch.bmm(p.transpose(1,2),g)))
         return tuple(torch.cat(a).to(ctx.given) for a in zip(*grads))
 
-# %% ../nbs/11_layers.ipynb #dfe085dd
+# %% ../nbs/11_layers.ipynb #a750cb40
 ATTENTION = ('fused','tiled','explicit')
 
 def attention(
@@ -153,7 +153,7 @@ def attention(
     weights = (q*q.shape[-1]**-0.5)@k.transpose(-2,-1)       # (N, H, T, T)
     return weights.softmax(-1)@v
 
-# %% ../nbs/11_layers.ipynb #e58178f6
+# %% ../nbs/11_layers.ipynb #8a33d7f4
 class Attention(nn.Module):
     "Multi-head self-attention with biases; no mask, no dropout."
     def __init__(self,
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         x = attention(q, k, v, self.backend).transpose(1,2)  # (N, T, H, D/H)
         return self.proj(x.reshape(n, t, d))                 # (N, T, D)
 
-# %% ../nbs/11_layers.ipynb #95af2e0d
+# %% ../nbs/11_layers.ipynb #9f74a21f
 def set_attention(
     model:nn.Module, # Anything with `Attention` inside
     backend:str,     # 'fused', 'tiled' or 'explicit'
@@ -184,7 +184,7 @@ def set_attention(
         if isinstance(m, Attention): m.backend = backend
     return model
 
-# %% ../nbs/11_layers.ipynb #6f29f992
+# %% ../nbs/11_layers.ipynb #1b6e2705
 class MLP(nn.Module):
     "Two linear maps with a GELU (tanh form) between them."
     def __init__(self,
@@ -197,7 +197,7 @@ class MLP(nn.Module):
 
     def forward(self, x): return self.fc2(F.gelu(self.fc1(x), approximate='tanh')) # (N, T, D)
 
-# %% ../nbs/11_layers.ipynb #59f4d86b
+# %% ../nbs/11_layers.ipynb #7c1da29a
 def modulate(
     x:torch.Tensor,     # Tokens (N, T, D)
     shift:torch.Tensor, # (N, D)
@@ -210,7 +210,7 @@ def modulation(width:int, parts:int):
     "The map from condition to `parts` modulation vectors."
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts*width))
 
-# %% ../nbs/11_layers.ipynb #8fe43e87
+# %% ../nbs/11_layers.ipynb #473db14d
 class Block(nn.Module):
     "Attention and MLP, each normed, modulated and gated by the condition (adaLN-Zero)."
     def __init__(self,
@@ -230,7 +230,7 @@ class Block(nn.Module):
         x = x + gate1[:,None]*self.attn(modulate(x, shift1, scale1))
         return x + gate2[:,None]*self.mlp(modulate(x, shift2, scale2)) # (N, T, D)
 
-# %% ../nbs/11_layers.ipynb #c26df948
+# %% ../nbs/11_layers.ipynb #1aa0af12
 class FinalLayer(nn.Module):
     "From tokens to the numbers of a patch."
     def __init__(self,
