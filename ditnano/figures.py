@@ -235,7 +235,9 @@ def _latex(text, align, title, note, name):
              rf'\smallskip{{\footnotesize {escape_tex(note)}\par}}', r'\end{table}']
     return '\n'.join(lines)+'\n'
 
-# %% ../nbs/52_figures.ipynb #a54825e3
+# %% ../nbs/52_figures.ipynb #a9ce2ffc
+def _rounded(x): return float(f'{x:.6g}') if isinstance(x,(float,np.floating)) else x
+
 def save_table(
     frame,              # The table; 'X sd' columns are the deviations of X
     name:str,           # File name without suffix, e.g. 'table_2'
@@ -248,7 +250,7 @@ def save_table(
     "Save a table as CSV, Markdown and LaTeX, each whole or not at all."
     note = f'{PROOF} · {note}' if scale=='smoke' else note
     text, align = as_text(frame, decimals), _align(frame)
-    csv = frame.assign(stamp=note).to_csv(index=False, float_format='%.6g', lineterminator='\n')
+    csv = frame.map(_rounded).assign(stamp=note).to_csv(index=False, lineterminator='\n')
     made = {'csv':csv, 'md':_markdown(text, align, title or name, note), 'tex':_latex(text, align, title or name, note, name)}
     for suffix,content in made.items():
         with atomic(Path(out)/f'{name}.{suffix}') as tmp: tmp.write_text(content)
