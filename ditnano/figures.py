@@ -256,11 +256,15 @@ def save_table(
         with atomic(Path(out)/f'{name}.{suffix}') as tmp: tmp.write_text(content)
     return [Path(out)/f'{name}.{s}' for s in made]
 
-# %% ../nbs/52_figures.ipynb #91520498
-def _reserve(fig, lines, proof):
-    height = fig.get_figheight()
-    below, above = (0.11*lines+0.05)/height, 0.2/height if proof else 0
-    fig.get_layout_engine().set(rect=(0, below, 1, 1-below-above))
+# %% ../nbs/52_figures.ipynb #635a608e
+def _stamped(fig, note, proof):
+    "Write the note under the panels; gives back what was written."
+    high, lines = fig.get_figheight(), textwrap.wrap(note, int(fig.get_figwidth()*24))
+    foot = 0.03+0.108*len(lines)   # inches
+    fig.get_layout_engine().set(rect=(0, (foot+0.15*proof+0.02)/high, 1, 1-(foot+0.15*proof+0.02)/high))
+    written = [fig.text(0.04/fig.get_figwidth(), 0.03/high, '\n'.join(lines), size=5.5, color='#666666', va='bottom', linespacing=1.25)]
+    if proof: written.append(fig.text(0.04/fig.get_figwidth(), (foot+0.02)/high, PROOF, size=7.5, weight='bold', color=SERIES['proposed']['color'], va='bottom'))
+    return written
 
 def save_figure(
     fig,       # A figure made by `figure`
@@ -271,10 +275,7 @@ def save_figure(
 )->list: # The two files
     "Save a figure as PDF and PNG, with its note on its face."
     if not note: raise ValueError(f"{name}: no note; expected the stamp of the runs that are drawn")
-    lines = textwrap.wrap(note, int(fig.get_figwidth()*25.5))
-    _reserve(fig, len(lines), scale=='smoke')
-    written = [fig.text(0.006, 0.03/fig.get_figheight(), '\n'.join(lines), size=5.5, color='#666666', va='bottom', linespacing=1.25)]
-    if scale=='smoke': written.append(fig.text(0.5, 1-0.04/fig.get_figheight(), PROOF, size=8, weight='bold', color=SERIES['proposed']['color'], ha='center', va='top'))
+    written = _stamped(fig, note, scale=='smoke')
     for suffix,plain in (('pdf',dict(CreationDate=None, ModDate=None)), ('png',dict(Software=None))):
         with atomic(Path(out)/f'{name}.{suffix}') as tmp: fig.savefig(tmp, format=suffix, metadata=plain)
     for t in written: t.remove()
