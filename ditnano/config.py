@@ -6,13 +6,13 @@
 __all__ = ['PRECISIONS', 'DESIGNS', 'SIZES', 'factors', 'heads', 'Config', 'DiTConfig', 'GETConfig', 'UNetConfig', 'TrainConfig',
            'Scale', 'load_scale', 'scale_names']
 
-# %% ../nbs/01_config.ipynb #3326a197
+# %% ../nbs/01_config.ipynb #f9a47e74
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .repro import content_hash, repo_root
 
-# %% ../nbs/01_config.ipynb #f259733e
+# %% ../nbs/01_config.ipynb #ee830052
 def factors(
     n:int, # A whole number, 1 or more
 )->list: # All divisors of n, ascending
@@ -27,7 +27,7 @@ def heads(
     f = factors(width)
     return f[(len(f)-1)//2]
 
-# %% ../nbs/01_config.ipynb #105a527d
+# %% ../nbs/01_config.ipynb #a91ef34a
 class Config:
     "Base of our configurations: dictionary round trip and a content hash."
     def to_dict(self)->dict:
@@ -47,7 +47,7 @@ class Config:
         "Short content hash."
         return content_hash({type(self).__name__:self.to_dict()})
 
-# %% ../nbs/01_config.ipynb #3e8ae0f1
+# %% ../nbs/01_config.ipynb #41006b82
 def _whole(cls, **values):
     for k,v in values.items():
         if isinstance(v,bool) or not isinstance(v,int) or v<1: raise ValueError(f"{cls}: {k}={v!r}; expected a whole number of 1 or more")
@@ -59,7 +59,7 @@ def _check_heads(cls, width, depth, h):
         _whole(cls, heads=n)
         if width%n: raise ValueError(f"{cls}: heads={n} does not divide width={width}; expected one of {factors(width)}")
 
-# %% ../nbs/01_config.ipynb #8bd72b54
+# %% ../nbs/01_config.ipynb #82fc8b1f
 @dataclass(frozen=True)
 class DiTConfig(Config):
     "A student DiT. `heads` is an int, one per layer as a tuple, or None for the rule."
@@ -101,7 +101,7 @@ class DiTConfig(Config):
         "Output channels: twice the input with `learn_sigma`."
         return self.channels*(1+self.learn_sigma)
 
-# %% ../nbs/01_config.ipynb #81ba1f50
+# %% ../nbs/01_config.ipynb #e44ba501
 @dataclass(frozen=True)
 class GETConfig(Config):
     "A Generative Equilibrium Transformer; the defaults are GET-T/2, 8.6M parameters."
@@ -120,7 +120,7 @@ class GETConfig(Config):
         _whole('GETConfig', depth=self.depth, width=self.width, eq_depth=self.eq_depth, image_size=self.image_size, patch=self.patch)
         _check_heads('GETConfig', self.width, self.depth, self.heads)
 
-# %% ../nbs/01_config.ipynb #985f6726
+# %% ../nbs/01_config.ipynb #59215321
 @dataclass(frozen=True)
 class UNetConfig(Config):
     "EDM's SongUNet in its DDPM++ form; the defaults are the CIFAR-10 teacher, 55.7M parameters."
@@ -141,7 +141,7 @@ class UNetConfig(Config):
         if not self.channel_mult or self.image_size%down: raise ValueError(f"UNetConfig: channel_mult={self.channel_mult} halves {self.image_size} pixels {len(self.channel_mult)-1} times; expected whole numbers")
         if not 0<=self.dropout<1: raise ValueError(f"UNetConfig: dropout={self.dropout}; expected 0 or more and less than 1")
 
-# %% ../nbs/01_config.ipynb #4de5ae32
+# %% ../nbs/01_config.ipynb #b100f2d9
 PRECISIONS = ('fp32','bf16')
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class TrainConfig(Config):
         "Optimiser steps: images over batch, rounded up."
         return -(-self.images//self.batch)
 
-# %% ../nbs/01_config.ipynb #8e07ab9c
+# %% ../nbs/01_config.ipynb #9122a63f
 DESIGNS = {  # (depth, width, heads): (size as the paper labels it, its series in Figure 4)
     (1,128,8):  ('0.42M','wide'),     (2,96,8):   ('0.42M','wide'), (5,64,4): ('0.42M','fewer heads'),
     (5,64,8):   ('0.42M','proposed'), (9,48,6):   ('0.42M','deep'), (21,32,4): ('0.42M','deep'),
@@ -178,7 +178,7 @@ DESIGNS = {  # (depth, width, heads): (size as the paper labels it, its series i
 }
 SIZES = ('0.42M','2.2M','5M')
 
-# %% ../nbs/01_config.ipynb #af68062e
+# %% ../nbs/01_config.ipynb #e06b6340
 @dataclass(frozen=True)
 class Scale(Config):
     "How much of everything: data, teacher, images seen, samples judged. The defaults are `smoke`."
@@ -191,6 +191,8 @@ class Scale(Config):
     batch:int=32                    # Images per optimiser step
     lr:float=1e-3                   # Learning rate, alike for all rows; the paper has 1e-4
     weight_decay:float=0.01         # Of AdamW
+    warmup:int=0                    # Images over which the learning rate rises
+    anneal:bool=False               # Cosine decay of the learning rate; the paper keeps it fixed
     ema:float=0.9999                # Largest EMA decay
     precision:str='fp32'            # Of training
     loss:str='perceptual-digitslens@32' # Loss of every run that does not compare losses
@@ -206,7 +208,7 @@ class Scale(Config):
         used = self.loss.split('@')[0].removeprefix('perceptual-')
         if used in self.judges: raise ValueError(f"Scale: judge {used!r} is also the loss; expected a judge that no loss used")
 
-# %% ../nbs/01_config.ipynb #944f5109
+# %% ../nbs/01_config.ipynb #fdb68696
 def load_scale(
     name, # 'smoke', a file's name in nbs/scales, or a path to a YAML file
 )->Scale:

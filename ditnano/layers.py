@@ -109,8 +109,11 @@ class LabelEmbedder(nn.Module):
             y = torch.where(drop==1, self.classes, y)
         return self.embedding_table(y)                       # (N, D)
 
-# %% ../nbs/11_layers.ipynb #00669c02
+# %% ../nbs/11_layers.ipynb #3844bac3
 TILE = 2**20 # Attention weights in one tile, 2 MB of bfloat16
+
+def _small_heads_train(q): # in bfloat16 on a CPU, where tiles are faster than torch's kernel
+    return q.device.type=='cpu' and q.dtype==torch.bfloat16 and q.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 def _weights(q, k): return torch.bmm(q*q.shape[-1]**-0.5, k.transpose(1,2)).softmax(-1) # (n, T, T)
 
@@ -137,7 +140,7 @@ class TiledAttention(torch.autograd.Function):
             grads.append((torch.bmm(d,k)*s, torch.bmm(d.transpose(1,2),q)*s, torch.bmm(p.transpose(1,2),g)))
         return tuple(torch.cat(a).to(ctx.given) for a in zip(*grads))
 
-# %% ../nbs/11_layers.ipynb #a750cb40
+# %% ../nbs/11_layers.ipynb #6226030f
 ATTENTION = ('fused','tiled','explicit')
 
 def attention(
@@ -147,8 +150,8 @@ def attention(
     backend:str='fused', # 'fused', 'tiled' or 'explicit'
 )->torch.Tensor:         # (N, H, T, D/H)
     "softmax(q k' / sqrt(D/H)) v, by one fused kernel, tile by tile in bfloat16, or in the open."
-    if backend=='fused': return F.scaled_dot_product_attention(q, k, v)
-    if backend=='tiled': return TiledAttention.apply(*(a.flatten(0,1) for a in (q,k,v))).view_as(q)
+    if backend=='fused' and not _small_heads_train(q): return F.scaled_dot_product_attention(q, k, v)
+    if backend in ('fused','tiled'): return TiledAttention.apply(*(a.flatten(0,1) for a in (q,k,v))).view_as(q)
     if backend!='explicit': raise ValueError(f"attention {backend!r}: expected one of {ATTENTION}")
     weights = (q*q.shape[-1]**-0.5)@k.transpose(-2,-1)       # (N, H, T, T)
     return weights.softmax(-1)@v

@@ -65,7 +65,7 @@ def check_parameters(
             raise MillError(f"{Path(notebook).name}: {k}={v!r} is a {got}; expected a {want} like {default!r}")
     return json.loads(json.dumps(given, allow_nan=False))
 
-# %% ../nbs/53_mill.ipynb #ee4907b2
+# %% ../nbs/53_mill.ipynb #7226ca55
 def _place(job, index):
     "Number of the failed cell in the notebook itself, from 1; papermill counts its injected cell too."
     import nbformat
@@ -78,7 +78,7 @@ def _child():
     import papermill
     from traitlets.config import Config
     job = json.loads(Path(sys.argv[1]).read_text())
-    ipc = Config({'ConnectionFileMixin':{'transport':'ipc'}})
+    ipc = Config({'ConnectionFileMixin':{'transport':'ipc', 'ip':str(Path(sys.argv[1]).with_name('k'))}})  # by default 'kernel-ipc' in the working directory, for all alike
     try: papermill.execute_notebook(job['path'], job['out'], job['parameters'], kernel_name='python3', cwd=job['cwd'], progress_bar=job['bar'], config=ipc)
     except papermill.PapermillExecutionError as e:
         report = dict(cell=_place(job,e.cell_index), error=f'{e.ename}: {e.evalue}', trace='\n'.join(e.traceback))
