@@ -178,7 +178,7 @@ DESIGNS = {  # (depth, width, heads): (size as the paper labels it, its series i
 }
 SIZES = ('0.42M','2.2M','5M')
 
-# %% ../nbs/01_config.ipynb #e06b6340
+# %% ../nbs/01_config.ipynb #631cbcd2
 @dataclass(frozen=True)
 class Scale(Config):
     "How much of everything: data, teacher, images seen, samples judged. The defaults are `smoke`."
@@ -187,17 +187,17 @@ class Scale(Config):
     teacher:str='digits32'          # Teacher name, folder or .pkl
     pairs:int=512                   # Noise-image pairs, from seeds 0..pairs-1
     teacher_steps:int=18            # Heun steps behind each pair
-    images:int=640                  # Images seen by each student
+    images:int=256                  # Images seen by each student
     batch:int=32                    # Images per optimiser step
     lr:float=1e-3                   # Learning rate, alike for all rows; the paper has 1e-4
     weight_decay:float=0.01         # Of AdamW
     warmup:int=0                    # Images over which the learning rate rises
     anneal:bool=False               # Cosine decay of the learning rate; the paper keeps it fixed
     ema:float=0.9999                # Largest EMA decay
-    precision:str='fp32'            # Of training
+    precision:str='bf16'            # Of training
     loss:str='perceptual-digitslens@32' # Loss of every run that does not compare losses
     guidance:float=1.5              # Classifier-free guidance of the judged samples
-    samples:int=256                 # Samples behind each judged number
+    samples:int=160                 # Samples behind each judged number
     judges:tuple=('digitsnet',)     # Extractors that judge; no loss may use them
     seeds:tuple=(0,)                # Training seeds
     latency_batches:int=2           # Timed batches of 128 behind each extrapolated latency
