@@ -49,7 +49,7 @@ def _digits32(split):
     images = (big*255).round().clamp(0,255).to(torch.uint8)[keep].expand(-1,3,-1,-1)
     return images.contiguous(), torch.tensor(d.target[keep.numpy()], dtype=torch.int64)
 
-# %% ../nbs/22_images.ipynb #0f26e691
+# %% ../nbs/22_images.ipynb #e1056e73
 CIFAR_CLASSES = ('airplane','automobile','bird','cat','deer','dog','frog','horse','ship','truck')
 MAX_MEMBER, MAX_MEMBERS = 1<<20, 200_000  # bytes of one picture, members of one archive
 _PICTURE = re.compile(r'(?:^|/)(train|test)/([a-z]+)/([^/]+)\.(png|jpe?g)$')
@@ -73,6 +73,7 @@ def _archive_files(archive):
         if type(e).__name__!='LZMAError': raise
         raise ValueError(f"{archive.name}: damaged or truncated (LZMAError); expected a complete tar archive") from None
 
+# %% ../nbs/22_images.ipynb #80ffdf61
 def _tree_files(folder):
     "Yield (name, bytes) of the pictures in a folder tree, sorted."
     for p in sorted(folder.glob('*/*/*')):
@@ -154,7 +155,7 @@ def _source_key(kind, path):
     if kind=='archive': return file_hash(path)[:12]
     return _tree_key(path) if kind=='tree' else content_hash([(p.name,p.stat().st_size,p.stat().st_mtime_ns) for p in sorted(path.iterdir())])
 
-# %% ../nbs/22_images.ipynb #172fe855
+# %% ../nbs/22_images.ipynb #0814ccb8
 def _array_hash(images, labels):
     import hashlib
     h = hashlib.sha256(images.numpy().tobytes())
@@ -172,6 +173,7 @@ def _cached(file, make, split, classes):
             return ImageSet(f.get_tensor('images'), f.get_tensor('labels'), meta['name'], split, classes, meta['hash'])
     except Exception as e: raise ValueError(f"{file}: damaged cache ({type(e).__name__}); delete it and run again") from None
 
+# %% ../nbs/22_images.ipynb #38415958
 def load_images(
     name:str,            # 'digits32' or 'cifar10'
     split:str='train',   # 'train' or 'test'

@@ -150,7 +150,7 @@ def load_state(
     state.optimizer.load_state_dict({'state':moments, 'param_groups':state.optimizer.state_dict()['param_groups']})
     state.step, state.seconds = int(meta['step']), float(meta['seconds'])
 
-# %% ../nbs/31_train.ipynb #c9ee892e
+# %% ../nbs/31_train.ipynb #79866181
 def _cut_history(file, step):
     if not file.exists(): return
     kept = [l for l in file.read_text().splitlines() if l.endswith('}') and json.loads(l)['step']<=step]
@@ -168,7 +168,7 @@ class Progress:
     def __init__(self, name:str=''):
         self.name, self.bar = name, None
     def __call__(self, line:dict):
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
         if self.bar is None:
             every = 0.5 if sys.stderr.isatty() else 60
             self.bar = tqdm(total=line['of'], desc=self.name, unit=' images', unit_scale=True, mininterval=every, initial=line['images'])
@@ -210,13 +210,14 @@ def train_step(
     state.step += 1
     return loss.detach()
 
-# %% ../nbs/31_train.ipynb #86f2be85
+# %% ../nbs/31_train.ipynb #9f69b0ff
 def _check_loss(loss, state, file):
     value = loss.item()
     if math.isfinite(value): return value
     kept = f"the checkpoint before it is kept in {file.parent.name}/{file.name}" if file.exists() else "no checkpoint had been written"
     raise FloatingPointError(f"loss is {value} at step {state.step}; expected a finite number ({kept}; try a lower learning rate)")
 
+# %% ../nbs/31_train.ipynb #c31396b5
 def fit(
     task,                 # What is trained: model, n, batch, loss, identity
     cfg:TrainConfig,      # How
