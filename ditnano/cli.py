@@ -17,7 +17,7 @@ from .config import DiTConfig, TrainConfig, load_scale
 from .principles import propose
 from .repro import repo_root, write_json
 
-# %% ../nbs/54_cli.ipynb #8c6b5ac0
+# %% ../nbs/54_cli.ipynb #9cde063f
 def _numbers(text, what, n=None):
     try: out = tuple(int(v) for v in text.split(','))
     except ValueError: raise ValueError(f"{what} {text!r}; expected whole numbers, as in {'5,64,8' if n==3 else '3,5'}") from None
@@ -45,6 +45,7 @@ def design(
     for n,d in enumerate(found, 1): print(f"{n:<3}{d.depth:>6}{d.width:>6}{d.heads:>6}{d.params:>12,}{'' if d.latency is None else f'{d.latency:>8.0f} s'}")
     print('\n'.join(f"{n}  {d.why}" for n,d in enumerate(found[:3], 1)))
 
+# %% ../nbs/54_cli.ipynb #6986e969
 def doctor():
     """Say what is here, what is missing, and the one command that gets it.
 
@@ -152,7 +153,7 @@ def eval(
 
 def _loss_of(model): return ((model.card or {}).get('config') or {}).get('loss')
 
-# %% ../nbs/54_cli.ipynb #9cea762f
+# %% ../nbs/54_cli.ipynb #2aa73c12
 def bench(
     what:tyro.conf.Positional[Literal['sampling','train']]='sampling', # What is timed
     students:str='5,64,8;7,192,12', # Designs, depth,width,heads;...
@@ -170,11 +171,12 @@ def bench(
     """
     from ditnano.sweep import bench_sampling, bench_train
     designs = [_numbers(s,'students',3) for s in students.split(';')]
-    if what=='train': rows = bench_train(designs, batch or 32, rounds, loss, device)
+    if what=='train': rows = bench_train(designs, batch or 32, rounds, loss)
     else: rows = bench_sampling(designs, batch or 128, rounds, guidance, precision, device)
     _print_rows(rows)
     if out: _write_rows(rows, out)
 
+# %% ../nbs/54_cli.ipynb #002292c6
 def _print_rows(rows):
     cells = [[f'{v:.4g}' if isinstance(v,float) else str(v) for v in r.values()] for r in rows]
     heads = list(rows[0])
@@ -212,7 +214,7 @@ def sweep(
     records = sweep(configs, runs or repo_root()/'runs', s.name, where, workers, minutes, device)
     print(f'{len(records)} of {len(configs)} runs are done')
 
-# %% ../nbs/54_cli.ipynb #3adfd4a6
+# %% ../nbs/54_cli.ipynb #cf6a8d0b
 def paper(
     scale:str='smoke',        # Scale, or path of its YAML file
     dry_run:bool=False,       # List every run, its cost, and what is missing; run nothing
@@ -231,6 +233,7 @@ def paper(
     made = mill(_notebooks(only), scale, runs=runs or '', out=out or '', force=force)
     print(f"{sum(not m['skipped'] for m in made)} notebooks run, {sum(m['skipped'] for m in made)} unchanged, {sum(m['seconds'] for m in made):.0f} s; see {out or 'paper_figures'}/")
 
+# %% ../nbs/54_cli.ipynb #7397b273
 def _notebooks(only):
     every = {p.stem:p for room in ('experiments','paper') for p in sorted((repo_root()/'nbs'/room).glob('*.ipynb'))}
     if only is None: return list(every.values())

@@ -142,7 +142,7 @@ def _open_manifest(out, recipe, layout, a, b):
     if a>hi or b<lo: raise ValueError(f"{out}: holds seeds {lo}-{hi-1}; seeds {a}-{b-1} would leave a hole")
     return m | {'seeds':[min(a,lo), max(b,hi)]}
 
-# %% ../nbs/23_pairs.ipynb #d33dfe17
+# %% ../nbs/23_pairs.ipynb #cbb1792a
 @contextlib.contextmanager
 def _alone(folder):
     "Hold the folder's lock; the system frees it when a process dies."
@@ -155,8 +155,8 @@ def _alone(folder):
         yield
 
 def _borrow(teacher, device):
-    "A frozen copy of the teacher on the device; the caller's own is left as it is."
-    return copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    "A frozen copy of the teacher on the device, channels last, which convolutions like; the caller's own is left as it is."
+    return copy.deepcopy(teacher).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 def _load(teacher, name=None):
     net = teacher if isinstance(teacher, torch.nn.Module) else edm.load_teacher(teacher)

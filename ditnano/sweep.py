@@ -7,7 +7,7 @@ __all__ = ['EVAL_SEED', 'BASE', 'GRIDS', 'STUDENTS', 'train_config', 'distill_co
            'latency_run', 'experiment_configs', 'sweep', 'probe_rate', 'run_cost', 'missing', 'plan', 'bench_train',
            'bench_sampling', 'ship']
 
-# %% ../nbs/51_sweep.ipynb #712cb0a1
+# %% ../nbs/51_sweep.ipynb #7eff68ba
 import math, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from .config import DESIGNS, DiTConfig, Scale, TrainConfig, load_scale
 from .principles import count_flops, count_params
-from .repro import cache_dir, code_version, repo_root, torch_home, weights_dir
+from .repro import repo_root, weights_dir
 from .runs import Run, read_result, run_once
 
-# %% ../nbs/51_sweep.ipynb #20d8802e
+# %% ../nbs/51_sweep.ipynb #51fa06a8
 EVAL_SEED = 100_000_000  # judged samples use seeds from here on, far from those of any pairs
 
 def _content(scale):
@@ -37,6 +37,7 @@ def train_config(
     same = {k:getattr(scale,k) for k in ('images','batch','lr','weight_decay','warmup','anneal','ema','precision')}
     return TrainConfig(**same, seed=seed)
 
+# %% ../nbs/51_sweep.ipynb #599c6ada
 def distill_config(
     scale:Scale,     # How much of everything
     design,          # (depth, width, heads)
@@ -95,7 +96,7 @@ def distill_run(
         return {'metrics':metrics, 'samples':config['eval']['samples'], 'device':fingerprint(where), 'artefacts':['samples.png','evaluation.json']}
     return run_once(root, 'distill', config, compute, f"DiT {design} {config['loss']}", scale, config['train']['seed'])
 
-# %% ../nbs/51_sweep.ipynb #acb12727
+# %% ../nbs/51_sweep.ipynb #a488b650
 def latency_config(
     design,                # (depth, width, heads)
     batches:int=3,         # Timed batches
@@ -111,6 +112,7 @@ def latency_config(
     return {'student':DiTConfig(*design).to_dict(), 'batch':batch, 'batches':batches, 'guidance':float(guidance), 'precision':precision,
             'backend':'eager', 'attention':'fused', 'machine':machine}
 
+# %% ../nbs/51_sweep.ipynb #3706b3ef
 def latency_run(
     config:dict,  # From `latency_config`
     root,         # Folder of runs
@@ -188,7 +190,7 @@ def _slurm(configs, root, scale, device, cluster=None, **parameters):
     executor.update_parameters(**parameters)
     return [j.result() for j in executor.map_array(_one, configs, *([v]*len(configs) for v in (root, scale, device)))]
 
-# %% ../nbs/51_sweep.ipynb #cec8c30c
+# %% ../nbs/51_sweep.ipynb #71a5ca6c
 def probe_rate(
     device:str='auto',    # Where
     precision:str='fp32', # Of training
@@ -209,6 +211,7 @@ def probe_rate(
     step(); step()
     return 2*3*batch*count_flops(5,64)/(time.perf_counter()-start)
 
+# %% ../nbs/51_sweep.ipynb #ac2f90c9
 def run_cost(
     config:dict, # From `distill_config`
     rate:float,  # FLOP/s in training, from `probe_rate`
@@ -219,7 +222,7 @@ def run_cost(
     forward = count_flops(cfg)*(e['samples']*(1 if e['guidance']==1 else 2)+3*train.images)
     return {'steps':train.steps, 'hours':forward/rate/3600, 'megabytes':20*count_params(cfg)/1e6}
 
-# %% ../nbs/51_sweep.ipynb #2c45a6da
+# %% ../nbs/51_sweep.ipynb #9990ba13
 def missing(
     scale:Scale, # How much of everything
 )->list: # One line per absent thing
@@ -235,6 +238,7 @@ def missing(
         except Exception as e: found.append(f'{what} {name}: {str(e).splitlines()[0]}')
     return found
 
+# %% ../nbs/51_sweep.ipynb #990ccb75
 def plan(
     scale:Scale, # How much of everything
     root,        # Folder of runs
@@ -255,7 +259,7 @@ def plan(
             rows.append({'experiment':experiment, 'design':design, 'loss':c['loss'], 'seed':c['train']['seed'], 'done':read_result(run.folder) is not None, **run_cost(c, rate)})
     return rows, lacks
 
-# %% ../nbs/51_sweep.ipynb #364daf4c
+# %% ../nbs/51_sweep.ipynb #3c4d4d8a
 def _plain_step(cfg, match, batch):
     "A training step as one would first write it."
     import torch
@@ -270,13 +274,21 @@ def _plain_step(cfg, match, batch):
         for k,v in model.state_dict().items(): ema[k].mul_(0.9999).add_(v.detach(), alpha=0.0001)
     return step
 
-# %% ../nbs/51_sweep.ipynb #959aa4e8
+def _our_step(task, batch):
+    "The step of `train.fit` on one batch, again and again, so that both sides read the same."
+    from ditnano.train import _prepare, train_step
+    how = TrainConfig(images=10**9, batch=len(batch[0]), precision='bf16')
+    task.batch = lambda idx: batch
+    accelerator, state = _prepare(task, how, 'cpu')
+    state.model.train()
+    return lambda: train_step(state, task, how, accelerator)
+
+# %% ../nbs/51_sweep.ipynb #b3a06ff5
 def bench_train(
     designs=((5,64,8),(7,192,12)), # (depth, width, heads)
     batch:int=32,       # Images per step
     rounds:int=3,       # Rounds of both sides
     loss:str='L2',      # On both sides
-    device:str='cpu',   # Where
 )->list: # One dict per design: images/s of the plain step and of ours, and their ratio
     "Throughput of our training step beside a plain float32 eager one."
     import torch
@@ -284,20 +296,16 @@ def bench_train(
     from ditnano.latency import paired
     from ditnano.losses import get_loss
     from ditnano.pairs import PairDataset, ensure_pairs
-    from ditnano.train import _prepare, train_step
     data, rows = PairDataset(ensure_pairs('digits32', 128), limit=128), []
     fixed = data.batch(torch.arange(batch)%128)
     for design in designs:
-        cfg, how = DiTConfig(*design), TrainConfig(images=batch*10**6, batch=batch, precision='bf16')
-        task = GETRecipe(cfg, data, loss)
-        task.batch = lambda idx: fixed
-        accelerator, state = _prepare(task, how, 'cpu' if device in ('cpu','auto') else device)
-        state.model.train()
-        both = paired(_plain_step(cfg, get_loss(loss), fixed), lambda: train_step(state, task, how, accelerator), rounds, items=batch, max_warmup=2)
+        cfg = DiTConfig(*design)
+        both = paired(_plain_step(cfg, get_loss(loss), fixed), _our_step(GETRecipe(cfg, data, loss), fixed), rounds, items=batch, max_warmup=2)
         rows.append({'design':str(design).replace(' ',''), 'loss':loss, 'batch':batch, 'plain fp32 (images/s)':both.rates[0], 'ours bf16 (images/s)':both.rates[1],
                      'ratio':both.ratio, 'quartiles':f'{both.low:.2f}-{both.high:.2f}', 'threads':torch.get_num_threads()})
     return rows
 
+# %% ../nbs/51_sweep.ipynb #39ff016e
 def bench_sampling(
     designs=((5,64,8),(7,192,12)), # (depth, width, heads)
     batch:int=128,      # Images at once
@@ -316,7 +324,7 @@ def bench_sampling(
                      'guidance':guidance, 'precision':precision, 'batches':t['batches'], 'machine':f"{t['card']['device_name']}, {t['card']['threads']} threads"})
     return rows
 
-# %% ../nbs/51_sweep.ipynb #e3ed9ea8
+# %% ../nbs/51_sweep.ipynb #8ba7544d
 STUDENTS = {'nano-digits':('cpu',(5,64,8),0)}  # name: scale, design, seed
 
 def ship(
@@ -332,7 +340,7 @@ def ship(
     from ditnano.train import Progress
     out = Path(out or weights_dir()/name)
     if name=='pairs-digits32': return make_pairs('digits32', range(512), out, shard=512, image_dtype='fp16', store_noise=False, device=device, log=print)
-    if name in SHIPPED: return make_shipped(name, out, device=device)
+    if name in SHIPPED: return make_shipped(name, out, device=device, log=Progress(name))
     if name not in STUDENTS: raise ValueError(f"shipped {name!r}; expected one of {', '.join([*SHIPPED,*STUDENTS,'pairs-digits32'])}")
     scale, design, seed = STUDENTS[name]
     root, config = root or repo_root()/'runs', distill_config(load_scale(scale), design, seed)

@@ -6,8 +6,7 @@
 __all__ = ['SHIPPED', 'DenoiseTask', 'jitter', 'ClassifyTask', 'held_out_accuracy', 'Shipped', 'make_task', 'make_shipped',
            'draw']
 
-# %% ../nbs/33_teachers.ipynb #46dc6c6a
-import platform
+# %% ../nbs/33_teachers.ipynb #bf6c10eb
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from .classifier import Classifier, load_classifier, save_classifier
 from .config import TrainConfig, UNetConfig
 from .edm import EDMPrecond, edm_loss, heun_sampler, load_teacher, save_teacher, to_bytes
 from .images import ImageSet, contact_sheet, load_images, to_unit
-from .losses import get_loss, orders_distortions
 from .repro import cache_dir, content_hash, fingerprint, noise_and_labels, weights_dir
-from .train import Progress, fit
+from .train import fit
 from .unet import PRESETS, SongUNet
 
 # %% ../nbs/33_teachers.ipynb #63780165
@@ -105,7 +103,7 @@ SHIPPED = {
     'cifarlens':  Shipped('classify', 'cifar10', _classify(3, 560_000, 3e-3), _cifar),
 }
 
-# %% ../nbs/33_teachers.ipynb #2c35bebc
+# %% ../nbs/33_teachers.ipynb #aba371d7
 def make_task(
     recipe:Shipped,     # Row of `SHIPPED`
     data:ImageSet=None, # Training images; default the recipe's
@@ -115,6 +113,7 @@ def make_task(
     if recipe.kind=='classify': return ClassifyTask(data=data, seed=recipe.train.seed, **options)
     return DenoiseTask(PRESETS[options.pop('unet')], data, recipe.train.seed, **options)
 
+# %% ../nbs/33_teachers.ipynb #7bf3fa88
 def _card(recipe, data, state):
     where = fingerprint(next(state.model.parameters()).device)
     return {'data':data.name, 'data_hash':data.hash, 'train':recipe.train.to_dict(), 'options':recipe.options, 'seconds':round(state.seconds),
@@ -126,13 +125,14 @@ def make_shipped(
     work=None,          # Folder of the run; default in the cache
     device:str='auto',  # Where to train
     stop_after:int=None, # Stop at this many steps, without shipping
+    log=None,           # Called with each line of the history, e.g. `train.Progress(name)`
 ): # The folder made, or None when stopped early
     "Train and ship one row of `SHIPPED`; goes on from its last checkpoint."
     if name not in SHIPPED: raise ValueError(f"shipped network {name!r}; expected one of {', '.join(SHIPPED)}")
     recipe, out = SHIPPED[name], Path(out or weights_dir()/name)
     task = make_task(recipe)
     work = Path(work or cache_dir()/'make'/f'{name}-{content_hash([task.identity, recipe.train.to_dict()])}')
-    state = fit(task, recipe.train, work, device, stop_after=stop_after, callback=Progress(name))
+    state = fit(task, recipe.train, work, device, stop_after=stop_after, callback=log)
     if state.step<recipe.train.steps: return None
     net, card = state.ema_model(), _card(recipe, task.data, state)
     if recipe.kind=='denoise': save_teacher(net, out, card)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_order', 'Step', 'learning_rate', 'ema_decay', 'update_ema', 'State', 'save_state', 'load_state',
-           'read_history', 'Progress', 'train_step', 'fit', 'compiled']
+           'read_history', 'Progress', 'train_step', 'fit']
 
 # %% ../nbs/31_train.ipynb #5f09a7ce
 import copy, json, math, sys, time
@@ -188,13 +188,13 @@ def _prepare(task, cfg, device):
 
 def _move(batch, device): return tuple(b.to(device, non_blocking=True) if torch.is_tensor(b) else b for b in batch)
 
-# %% ../nbs/31_train.ipynb #5ae47180
+# %% ../nbs/31_train.ipynb #957a0c63
 def train_step(
     state:State, # Changed in place
     task,        # What is trained
     cfg:TrainConfig, # How
     accelerator:Accelerator, # Where
-    model:nn.Module=None, # The model as prepared (wrapped or compiled); default `state.model`
+    model:nn.Module=None, # The model as prepared (wrapped); default `state.model`
 )->torch.Tensor: # The loss, detached
     "One optimiser step; everything random in it follows from `cfg.seed` and `state.step`."
     step = Step(state.step, cfg.batch, cfg.seed, accelerator.process_index, accelerator.num_processes)
@@ -217,7 +217,7 @@ def _check_loss(loss, state, file):
     kept = f"the checkpoint before it is kept in {file.parent.name}/{file.name}" if file.exists() else "no checkpoint had been written"
     raise FloatingPointError(f"loss is {value} at step {state.step}; expected a finite number ({kept}; try a lower learning rate)")
 
-# %% ../nbs/31_train.ipynb #c31396b5
+# %% ../nbs/31_train.ipynb #a9c12ae8
 def fit(
     task,                 # What is trained: model, n, batch, loss, identity
     cfg:TrainConfig,      # How
@@ -227,27 +227,25 @@ def fit(
     log_every:int=20,     # Steps between lines of the history
     save_every:float=60,  # Seconds between checkpoints
     callback=None,        # Called with each line of the history
-    compile:bool=False,   # Use torch.compile where it is possible
 )->State:
     "Train, or go on training; raises ValueError for a foreign checkpoint, FloatingPointError for a loss that is not finite."
-    file, log = Path(folder)/'state.safetensors', Path(folder)/'history.jsonl'
+    file, log, identity = Path(folder)/'state.safetensors', Path(folder)/'history.jsonl', {'train':cfg.to_dict(), 'task':task.identity}
     accelerator, state = _prepare(task, cfg, 'cpu' if str(device)=='cpu' or not torch.cuda.is_available() else device)
-    identity = {'train':cfg.to_dict(), 'task':task.identity}
     if file.exists(): load_state(state, file, identity)
     _cut_history(log, state.step)
-    model = accelerator.prepare_model(compiled(state.model) if compile else state.model)
-    model.train()
+    model = accelerator.prepare_model(state.model).train()
     clock = _Clock(state, save_every)
     end = min(cfg.steps, stop_after or cfg.steps)
     while state.step<end:
         loss = train_step(state, task, cfg, accelerator, model)
-        if accelerator.device.type=='cpu' or state.step%log_every==0 or state.step==end: _check_loss(loss, state, file)
-        if state.step%log_every==0 or state.step==end: _log(log, state, cfg, loss, clock, accelerator, callback)
+        due = state.step%log_every==0 or state.step==end
+        if due or accelerator.device.type=='cpu': _check_loss(loss, state, file)
+        if due: _log(log, state, cfg, loss, clock, accelerator, callback)
         if clock.due() or state.step==end: _save(state, file, identity, loss, clock, accelerator)
     state.model.eval()
     return state
 
-# %% ../nbs/31_train.ipynb #0c1d1b47
+# %% ../nbs/31_train.ipynb #ddd20155
 class _Clock:
     "Time spent, and when the next checkpoint is due."
     def __init__(self, state, save_every):
@@ -276,12 +274,3 @@ def _save(state, file, identity, loss, clock, accelerator):
     if accelerator.is_main_process: save_state(state, file, identity)
     accelerator.wait_for_everyone()
     clock.saved = time.monotonic()
-
-def compiled(
-    model:nn.Module, # Any network
-)->nn.Module: # The compiled network, sharing its weights; or the same, with one line that says why
-    "torch.compile where a C++ compiler (or a GPU) is here."
-    import shutil
-    if torch.cuda.is_available() or any(shutil.which(c) for c in ('g++','clang++','c++')): return torch.compile(model)
-    print('torch.compile needs a C++ compiler (g++ or clang++), which is not here: training goes on without it')
-    return model
