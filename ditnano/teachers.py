@@ -81,7 +81,7 @@ def held_out_accuracy(
     right = sum((net(to_unit(data.images[i:i+batch].to(device))).argmax(1).cpu()==data.labels[i:i+batch]).sum().item() for i in range(0,len(data),batch))
     return right/len(data)
 
-# %% ../nbs/33_teachers.ipynb #5b9575c0
+# %% ../nbs/33_teachers.ipynb #07147977
 @dataclass(frozen=True)
 class Shipped:
     "A recipe for a shipped network."
@@ -96,11 +96,11 @@ def _denoise(images, seed=0): return TrainConfig(images=images, batch=64, lr=2e-
 _digits, _cifar = dict(width=16, shift=3), dict(width=32, shift=3, mirror=True)
 SHIPPED = {
     'teacher-digits32':      Shipped('denoise', 'digits32', _denoise(150_000), dict(unet='small')),
-    'teacher-cifar10-small': Shipped('denoise', 'cifar10', _denoise(100_000), dict(unet='small')),
+    'teacher-cifar10-small': Shipped('denoise', 'cifar10', _denoise(64_000), dict(unet='small')),
     'digitsnet':  Shipped('classify', 'digits32', _classify(0, 60_000, 2e-3), _digits),
     'digitslens': Shipped('classify', 'digits32', _classify(1, 60_000, 2e-3), _digits),
     'cifarnet':   Shipped('classify', 'cifar10', _classify(2, 560_000, 3e-3), _cifar),
-    'cifarlens':  Shipped('classify', 'cifar10', _classify(3, 560_000, 3e-3), _cifar),
+    'cifarlens':  Shipped('classify', 'cifar10', _classify(3, 240_000, 3e-3), _cifar),
 }
 
 # %% ../nbs/33_teachers.ipynb #aba371d7

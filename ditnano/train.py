@@ -6,19 +6,18 @@
 __all__ = ['sample_order', 'Step', 'learning_rate', 'ema_decay', 'update_ema', 'State', 'save_state', 'load_state',
            'read_history', 'Progress', 'train_step', 'fit']
 
-# %% ../nbs/31_train.ipynb #5f09a7ce
-import copy, json, math, sys, time
-from dataclasses import dataclass, field
+# %% ../nbs/31_train.ipynb #94232361
+import copy, json, math, sys, time, warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .config import TrainConfig
-from .repro import atomic, content_hash, derive_seed, write_json
+from .repro import atomic, derive_seed
 
 # %% ../nbs/31_train.ipynb #57e441ff
 def sample_order(
@@ -176,9 +175,12 @@ class Progress:
         self.bar.update(line['images']-self.bar.n)
         if line['images']>=line['of']: self.bar.close()
 
-# %% ../nbs/31_train.ipynb #744e7c3f
+# %% ../nbs/31_train.ipynb #dde4b59b
 def _prepare(task, cfg, device):
     "Accelerator and a fresh state on its device."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # without ipywidgets tqdm complains at import
+        from accelerate import Accelerator
     accelerator = Accelerator(cpu=str(device)=='cpu')
     if cfg.batch%accelerator.num_processes: raise ValueError(f"batch={cfg.batch} on {accelerator.num_processes} processes; expected a multiple")
     model = task.model.to(accelerator.device)
@@ -188,12 +190,12 @@ def _prepare(task, cfg, device):
 
 def _move(batch, device): return tuple(b.to(device, non_blocking=True) if torch.is_tensor(b) else b for b in batch)
 
-# %% ../nbs/31_train.ipynb #957a0c63
+# %% ../nbs/31_train.ipynb #0e5fa138
 def train_step(
     state:State, # Changed in place
     task,        # What is trained
     cfg:TrainConfig, # How
-    accelerator:Accelerator, # Where
+    accelerator, # Where: an `accelerate.Accelerator`
     model:nn.Module=None, # The model as prepared (wrapped); default `state.model`
 )->torch.Tensor: # The loss, detached
     "One optimiser step; everything random in it follows from `cfg.seed` and `state.step`."
@@ -217,7 +219,7 @@ def _check_loss(loss, state, file):
     kept = f"the checkpoint before it is kept in {file.parent.name}/{file.name}" if file.exists() else "no checkpoint had been written"
     raise FloatingPointError(f"loss is {value} at step {state.step}; expected a finite number ({kept}; try a lower learning rate)")
 
-# %% ../nbs/31_train.ipynb #a9c12ae8
+# %% ../nbs/31_train.ipynb #d99d0e72
 def fit(
     task,                 # What is trained: model, n, batch, loss, identity
     cfg:TrainConfig,      # How
@@ -234,8 +236,7 @@ def fit(
     if file.exists(): load_state(state, file, identity)
     _cut_history(log, state.step)
     model = accelerator.prepare_model(state.model).train()
-    clock = _Clock(state, save_every)
-    end = min(cfg.steps, stop_after or cfg.steps)
+    clock, end = _Clock(state, save_every), min(cfg.steps, stop_after or cfg.steps)
     while state.step<end:
         loss = train_step(state, task, cfg, accelerator, model)
         due = state.step%log_every==0 or state.step==end
