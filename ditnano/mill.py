@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['STAGES', 'MillError', 'parameters', 'check_parameters', 'run_notebook', 'inputs_hash', 'mill']
 
-# %% ../nbs/53_mill.ipynb #de6ae0b5
+# %% ../nbs/53_mill.ipynb #44ba6856
 import ast, json, os, re, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .config import load_scale
 from .repro import content_hash, file_hash, repo_root, weights_dir, write_json
-from .runs import read_result, record_hash
 from .runs import read_result, record_hash
 
 # %% ../nbs/53_mill.ipynb #57a75999
@@ -164,8 +163,8 @@ def inputs_hash(
     source = [[c.cell_type,c.source] for c in nbformat.read(notebook, 4).cells]
     return content_hash(dict(source=source, parameters=parameters, code=_code('\n'.join(s for _,s in source)), results=_results(folders, scale)))
 
-# %% ../nbs/53_mill.ipynb #8e7ae45d
-def _made(stem, out): return {p.name:file_hash(p) for p in sorted(Path(out).glob(f'{stem}.*'))}
+# %% ../nbs/53_mill.ipynb #a0c9a0a3
+def _made(stem, out): return {p.name:file_hash(p) for p in sorted(Path(out).glob(f'{stem}[._]*'))}
 
 def _unchanged(note, now, stem, out):
     try: old = json.loads(note.read_text())

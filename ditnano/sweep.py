@@ -78,7 +78,7 @@ def _judge(student, config, folder, device):
     write_json(folder/'evaluation.json', card(e['samples'], data, e['judges'], config['loss'], [seeds[0],seeds[-1]], e['guidance'], device=device))
     return {k:v for k,v in numbers.items() if k!='samples'}
 
-# %% ../nbs/51_sweep.ipynb #b154e82a
+# %% ../nbs/51_sweep.ipynb #ac95ec90
 def distill_run(
     config:dict,        # From `distill_config`
     root,               # Folder of runs
@@ -93,6 +93,7 @@ def distill_run(
         student, where = _student(config, folder, device, log), pick_device(device)
         student.save_pretrained(folder/'student', {'config':config, 'scale':scale})
         metrics = _judge(student, config, folder, device)
+        (folder/'state.safetensors').unlink()
         return {'metrics':metrics, 'samples':config['eval']['samples'], 'device':fingerprint(where), 'artefacts':['samples.png','evaluation.json']}
     return run_once(root, 'distill', config, compute, f"DiT {design} {config['loss']}", scale, config['train']['seed'])
 
@@ -211,7 +212,7 @@ def probe_rate(
     step(); step()
     return 2*3*batch*count_flops(5,64)/(time.perf_counter()-start)
 
-# %% ../nbs/51_sweep.ipynb #ac2f90c9
+# %% ../nbs/51_sweep.ipynb #e18170d0
 def run_cost(
     config:dict, # From `distill_config`
     rate:float,  # FLOP/s in training, from `probe_rate`
@@ -220,7 +221,7 @@ def run_cost(
     train, cfg = TrainConfig.from_dict(config['train']), DiTConfig.from_dict(config['student'])
     e = config['eval']
     forward = count_flops(cfg)*(e['samples']*(1 if e['guidance']==1 else 2)+3*train.images)
-    return {'steps':train.steps, 'hours':forward/rate/3600, 'megabytes':20*count_params(cfg)/1e6}
+    return {'steps':train.steps, 'hours':forward/rate/3600, 'megabytes':4*count_params(cfg)/1e6}
 
 # %% ../nbs/51_sweep.ipynb #9990ba13
 def missing(
