@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'COMMANDS', 'design', 'doctor', 'pairs', 'train', 'sample', 'eval', 'bench', 'sweep', 'paper', 'main']
 
-# %% ../nbs/54_cli.ipynb #6867099d
+# %% ../nbs/54_cli.ipynb #d90979b8
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import tyro
 
 from .config import DiTConfig, TrainConfig, load_scale
 from .principles import propose
-from .repro import repo_root, write_json
+from .repro import repo_root, runs_dir, write_json
 
 # %% ../nbs/54_cli.ipynb #9cde063f
 def _numbers(text, what, n=None):
@@ -71,11 +71,11 @@ def pairs(
     from ditnano.pairs import PairDataset, make_pairs
     print(PairDataset(make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device, log=print)))
 
-# %% ../nbs/54_cli.ipynb #0fe5262e
+# %% ../nbs/54_cli.ipynb #f09097ec
 def train(
     config:Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]=TrainConfig(images=100_000, batch=64, lr=1e-3), # How
     student:str='5,64,8',          # depth,width,heads
-    pairs:Optional[Path]=None,     # Folder of pairs; default the first 512 of the digits32 teacher
+    pairs:Optional[Path]=None,     # Folder of pairs; default the first 480 of the digits32 teacher
     loss:str='perceptual-digitslens@32', # L1, L2, LPIPS-vgg@224, LPIPS-squeeze@64, perceptual-NAME@32
     out:Path=Path('student'),      # Folder of the run; one that is there is continued
     device:str='auto',             # Where
@@ -91,7 +91,7 @@ def train(
     from ditnano.distill import GETRecipe
     from ditnano.pairs import PairDataset, ensure_pairs
     from ditnano.train import Progress, fit
-    data = PairDataset(pairs) if pairs else PairDataset(ensure_pairs('digits32', 512), limit=512)
+    data = PairDataset(pairs) if pairs else PairDataset(ensure_pairs('digits32', 480), limit=480)
     recipe = GETRecipe(DiTConfig(*_numbers(student,'student',3)), data, loss, config.seed)
     model = fit(recipe, config, out, device, callback=Progress('train')).ema_model()
     model.save_pretrained(Path(out)/'student', {'identity':recipe.identity, 'train':config.to_dict()})
@@ -191,7 +191,7 @@ def _write_rows(rows, out):
         writer.writeheader()
         writer.writerows(rows)
 
-# %% ../nbs/54_cli.ipynb #b4200b96
+# %% ../nbs/54_cli.ipynb #121aaf02
 EXPERIMENTS = ('losses','depth','width','heads','sizes')
 
 def sweep(
@@ -211,10 +211,10 @@ def sweep(
     s = load_scale(scale)
     told = s.experiments.get(experiment) or {}
     configs = experiment_configs(experiment, s, next(iter(told.values()), None))
-    records = sweep(configs, runs or repo_root()/'runs', s.name, where, workers, minutes, device)
+    records = sweep(configs, runs or runs_dir(), s.name, where, workers, minutes, device)
     print(f'{len(records)} of {len(configs)} runs are done')
 
-# %% ../nbs/54_cli.ipynb #cf6a8d0b
+# %% ../nbs/54_cli.ipynb #933317c3
 def paper(
     scale:str='smoke',        # Scale, or path of its YAML file
     dry_run:bool=False,       # List every run, its cost, and what is missing; run nothing
@@ -228,7 +228,7 @@ def paper(
 
     Example: ditnano paper --scale smoke
     """
-    if dry_run: return _dry_run(load_scale(scale), runs or repo_root()/'runs', device)
+    if dry_run: return _dry_run(load_scale(scale), runs or runs_dir(), device)
     from ditnano.mill import mill
     made = mill(_notebooks(only), scale, runs=runs or '', out=out or '', force=force)
     print(f"{sum(not m['skipped'] for m in made)} notebooks run, {sum(m['skipped'] for m in made)} unchanged, {sum(m['seconds'] for m in made):.0f} s; see {out or 'paper_figures'}/")

@@ -178,14 +178,14 @@ DESIGNS = {  # (depth, width, heads): (size as the paper labels it, its series i
 }
 SIZES = ('0.42M','2.2M','5M')
 
-# %% ../nbs/01_config.ipynb #631cbcd2
+# %% ../nbs/01_config.ipynb #2c39d872
 @dataclass(frozen=True)
 class Scale(Config):
     "How much of everything: data, teacher, images seen, samples judged. The defaults are `smoke`."
     name:str='smoke'
     data:str='digits32'             # Image set: 'digits32' or 'cifar10'
     teacher:str='digits32'          # Teacher name, folder or .pkl
-    pairs:int=512                   # Noise-image pairs, from seeds 0..pairs-1
+    pairs:int=480                   # Noise-image pairs, from seeds 0..pairs-1
     teacher_steps:int=18            # Heun steps behind each pair
     images:int=256                  # Images seen by each student
     batch:int=32                    # Images per optimiser step

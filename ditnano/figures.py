@@ -8,7 +8,7 @@ __all__ = ['INK', 'FAINT', 'SERIES', 'INCHES', 'RC', 'SINGLE', 'SEVERAL', 'TIMIN
            'publish_drawn', 'with_latency', 'over_seeds', 'beside', 'escape_tex', 'as_text', 'save_table',
            'save_figure']
 
-# %% ../nbs/52_figures.ipynb #d6eab3cf
+# %% ../nbs/52_figures.ipynb #e1a991ef
 import textwrap
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import seaborn as sns
 from matplotlib.colors import to_rgb
 
 from .config import load_scale
-from .repro import atomic, repo_root
+from .repro import atomic, figures_dir, runs_dir
 from .runs import collect, publish
 
 # %% ../nbs/52_figures.ipynb #5af92f11
@@ -137,15 +137,15 @@ def latency_note(
     said = [f'{k} {each[k]}' for k in ('guidance','precision','attention') if each[k]]
     return f"seconds for 50,000 images extrapolated from {each['batches']} batches of {each['batch']}, {', '.join(said)}, on {', '.join(_values(timed,'card'))}"
 
-# %% ../nbs/52_figures.ipynb #5b5f32d2
+# %% ../nbs/52_figures.ipynb #6e78d69c
 def open_runs(
     scale:str, # Name of a scale, or path of its YAML file
     runs='',   # Folder of runs; `runs/` in the repository by default
     out='',    # Folder of figures; `paper_figures/` in the repository by default
 )->tuple: # The Scale, the frame of all runs and published evidence, and the folder of figures
     "What a drawing notebook starts from."
-    out = Path(out or repo_root()/'paper_figures')
-    return load_scale(scale), collect(runs or repo_root()/'runs', out/'evidence'), out
+    out = Path(out or figures_dir())
+    return load_scale(scale), collect(runs or runs_dir(), out/'evidence'), out
 
 def publish_drawn(
     frame, # Rows that were drawn

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['STAGES', 'MillError', 'parameters', 'check_parameters', 'run_notebook', 'inputs_hash', 'mill']
 
-# %% ../nbs/53_mill.ipynb #44ba6856
+# %% ../nbs/53_mill.ipynb #2940068b
 import ast, json, os, re, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .config import load_scale
-from .repro import content_hash, file_hash, repo_root, weights_dir, write_json
+from .repro import content_hash, figures_dir, file_hash, repo_root, runs_dir, weights_dir, write_json
 from .runs import read_result, record_hash
 
 # %% ../nbs/53_mill.ipynb #57a75999
@@ -207,7 +207,7 @@ def _each(pool, paths, one):
     if wrong: raise MillError('\n'.join(wrong))
     return done
 
-# %% ../nbs/53_mill.ipynb #e507c5fc
+# %% ../nbs/53_mill.ipynb #b565c811
 def mill(
     notebooks,         # Paths
     scale='smoke',     # Name of a scale, or path of its YAML file
@@ -222,7 +222,7 @@ def mill(
     runs, out = (str(Path(p).resolve()) if p else '' for p in (runs, out))
     _check_stems(loaded, notebooks)
     told = {p:_told(p, loaded, name, runs, out) for p in map(Path, notebooks)}
-    where = dict(scale=loaded.name, runs=Path(runs or repo_root()/'runs'), out=Path(out or repo_root()/'paper_figures'))
+    where = dict(scale=loaded.name, runs=Path(runs or runs_dir()), out=Path(out or figures_dir()))
     one = lambda p: _one(p, told[p], force=force, bar=None if workers==1 else False, say=say, **where)
     with ThreadPoolExecutor(workers) as pool:
         return [r for stage in range(len(STAGES)) for r in _each(pool, [p for p in told if _stage(p)==stage], one)]

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'content_hash', 'file_hash', 'atomic',
-           'write_json', 'cache_dir', 'data_dir', 'weights_dir', 'torch_home', 'repo_root', 'pick_device',
-           'import_guarded', 'library_versions', 'code_version', 'fingerprint']
+           'write_json', 'cache_dir', 'data_dir', 'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir',
+           'pick_device', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
 
-# %% ../nbs/00_repro.ipynb #24b3f6ae
+# %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib, hashlib, importlib, json, os, platform, shutil, subprocess, sys, tempfile, warnings
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# %% ../nbs/00_repro.ipynb #3a27600e
+# %% ../nbs/00_repro.ipynb #712949eb
 def sample_generator(
     seed:int, # Seed of one sample, 0 or more
 )->"torch.Generator": # A CPU generator that belongs to this sample alone
@@ -22,7 +22,7 @@ def sample_generator(
     if seed<0: raise ValueError(f"seed {seed}: expected 0 or more")
     return torch.Generator().manual_seed(seed % 2**32)
 
-# %% ../nbs/00_repro.ipynb #72eff3ba
+# %% ../nbs/00_repro.ipynb #ae77a47a
 def noise_and_labels(
     seeds,        # Seeds, one per sample
     shape=(3,32,32), # Shape of one sample's noise
@@ -37,14 +37,14 @@ def noise_and_labels(
         labels[i] = torch.randint(classes, (), generator=g)
     return noise, labels
 
-# %% ../nbs/00_repro.ipynb #b06d8dc4
+# %% ../nbs/00_repro.ipynb #90a9f117
 def derive_seed(
     *parts, # Numbers and strings that name the purpose, e.g. `derive_seed(0, 'step', 17)`
 )->int: # A seed in 0..2**32-1
     "A seed that depends on all `parts` and on nothing else."
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], 'little')
 
-# %% ../nbs/00_repro.ipynb #8b1696e1
+# %% ../nbs/00_repro.ipynb #caed33aa
 def content_hash(
     obj,           # Anything that JSON can hold; tuples count as lists
     length:int=12, # Hexadecimal digits kept
@@ -62,7 +62,7 @@ def file_hash(
         while chunk := f.read(1<<20): h.update(chunk)
     return h.hexdigest()
 
-# %% ../nbs/00_repro.ipynb #0d187b8e
+# %% ../nbs/00_repro.ipynb #7c5a3902
 @contextlib.contextmanager
 def atomic(
     path, # The file or folder that should appear
@@ -87,7 +87,7 @@ def write_json(
     text = json.dumps(obj, indent=1, allow_nan=False)+'\n'
     with atomic(path) as tmp: tmp.write_text(text)
 
-# %% ../nbs/00_repro.ipynb #bc450000
+# %% ../nbs/00_repro.ipynb #ca5ae5f9
 def cache_dir()->Path: # `DITNANO_CACHE`, or `ditnano` in the user's cache folder
     "Folder for what can be made again: decoded images, pairs, statistics."
     if env := os.environ.get('DITNANO_CACHE'): return Path(env).expanduser()
@@ -107,7 +107,7 @@ def torch_home()->Path: # `TORCH_HOME`, or torch's default
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
     return Path(os.environ.get('TORCH_HOME') or cache/'torch').expanduser()
 
-# %% ../nbs/00_repro.ipynb #174a90ba
+# %% ../nbs/00_repro.ipynb #d92e4633
 def repo_root()->Path: # The folder that holds settings.ini and nbs/
     "The checkout of ditnano: found from the package, else upwards from the working directory."
     package = Path(importlib.util.find_spec('ditnano').origin).parent.parent
@@ -115,7 +115,18 @@ def repo_root()->Path: # The folder that holds settings.ini and nbs/
         if (p/'settings.ini').is_file() and (p/'nbs'/'00_repro.ipynb').is_file(): return p
     raise FileNotFoundError("no ditnano checkout here: expected a folder with settings.ini and nbs/ (clone the repository and run there)")
 
-# %% ../nbs/00_repro.ipynb #dda0a94c
+# %% ../nbs/00_repro.ipynb #6063890f
+def runs_dir()->Path: # `DITNANO_RUNS`, or `runs` in the checkout
+    "Folder of runs in progress and finished."
+    env = os.environ.get('DITNANO_RUNS')
+    return Path(env).expanduser() if env else repo_root()/'runs'
+
+def figures_dir()->Path: # `DITNANO_FIGURES`, or `paper_figures` in the checkout
+    "Folder of tables, figures, and the evidence behind them."
+    env = os.environ.get('DITNANO_FIGURES')
+    return Path(env).expanduser() if env else repo_root()/'paper_figures'
+
+# %% ../nbs/00_repro.ipynb #85dbcc13
 def pick_device(
     name:str='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )->"torch.device":
@@ -128,7 +139,7 @@ def pick_device(
     if not here[kind]: raise RuntimeError(f"device {name!r} is not here; cpu is")
     return torch.device(name)
 
-# %% ../nbs/00_repro.ipynb #a3a75063
+# %% ../nbs/00_repro.ipynb #2d68b405
 _guards = []  # a torch.library handle unregisters its schemas when it is collected, so it must stay alive
 
 def _declare_nms():
@@ -151,7 +162,7 @@ def import_guarded(
         warnings.simplefilter('ignore')
         return importlib.import_module(name)
 
-# %% ../nbs/00_repro.ipynb #3ade0f64
+# %% ../nbs/00_repro.ipynb #1d0b7796
 LIBRARIES = ('torch','torchvision','numpy','accelerate','lpips','torch-fidelity','safetensors','scikit-learn')
 
 def library_versions()->dict: # Library name -> version, those that are installed
@@ -171,7 +182,7 @@ def code_version()->dict: # `version` of the package, `commit` and `dirty` where
     out = {'version':importlib.import_module('ditnano').__version__, 'commit':commit or None}
     return out | {'dirty':bool(_git('status','--porcelain','--untracked-files=no','--','ditnano'))} if commit else out
 
-# %% ../nbs/00_repro.ipynb #a86aac6b
+# %% ../nbs/00_repro.ipynb #e2bd6e77
 def _cpu_name():
     with contextlib.suppress(OSError):
         for line in open('/proc/cpuinfo'):

@@ -7,7 +7,7 @@ __all__ = ['EVAL_SEED', 'BASE', 'GRIDS', 'STUDENTS', 'train_config', 'distill_co
            'latency_run', 'experiment_configs', 'sweep', 'probe_rate', 'run_cost', 'missing', 'plan', 'bench_train',
            'bench_sampling', 'ship']
 
-# %% ../nbs/51_sweep.ipynb #7eff68ba
+# %% ../nbs/51_sweep.ipynb #899b86cc
 import math, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .config import DESIGNS, DiTConfig, Scale, TrainConfig, load_scale
 from .principles import count_flops, count_params
-from .repro import repo_root, weights_dir
+from .repro import runs_dir, weights_dir
 from .runs import Run, read_result, run_once
 
 # %% ../nbs/51_sweep.ipynb #51fa06a8
@@ -325,7 +325,7 @@ def bench_sampling(
                      'guidance':guidance, 'precision':precision, 'batches':t['batches'], 'machine':f"{t['card']['device_name']}, {t['card']['threads']} threads"})
     return rows
 
-# %% ../nbs/51_sweep.ipynb #8ba7544d
+# %% ../nbs/51_sweep.ipynb #cd1eaa4e
 STUDENTS = {'nano-digits':('cpu',(5,64,8),0)}  # name: scale, design, seed
 
 def ship(
@@ -340,11 +340,11 @@ def ship(
     from ditnano.teachers import SHIPPED, make_shipped
     from ditnano.train import Progress
     out = Path(out or weights_dir()/name)
-    if name=='pairs-digits32': return make_pairs('digits32', range(512), out, shard=512, image_dtype='fp16', store_noise=False, device=device, log=print)
+    if name=='pairs-digits32': return make_pairs('digits32', range(480), out, shard=480, image_dtype='fp16', store_noise=False, device=device, log=print)
     if name in SHIPPED: return make_shipped(name, out, device=device, log=Progress(name))
     if name not in STUDENTS: raise ValueError(f"shipped {name!r}; expected one of {', '.join([*SHIPPED,*STUDENTS,'pairs-digits32'])}")
     scale, design, seed = STUDENTS[name]
-    root, config = root or repo_root()/'runs', distill_config(load_scale(scale), design, seed)
+    root, config = root or runs_dir(), distill_config(load_scale(scale), design, seed)
     record = distill_run(config, root, scale, device, Progress(name))
     card = {k:record[k] for k in ('scale','config','metrics','samples','device','seconds','key')}
     DiT.from_pretrained(Run(root,'distill',config).folder/'student').save_pretrained(out, card, half=True)

@@ -42,11 +42,18 @@ def skip_flags():
     return ini['DEFAULT']['tst_flags']
 
 
+@pytest.fixture(scope='session')
+def sandbox(tmp_path_factory):
+    "Runs and figures of the tests go to a folder of their own, so that what is committed stays as it is."
+    folder = tmp_path_factory.mktemp('sandbox')
+    return {**os.environ, 'DITNANO_RUNS':str(folder/'runs'), 'DITNANO_FIGURES':str(folder/'paper_figures')}
+
+
 @pytest.mark.parametrize('path', list(notebooks()))
-def test_notebook(path):
+def test_notebook(path, sandbox):
     "Set DITNANO_TEST_FLAGS='slow' (or 'slow cuda') to run the flagged cells too."
     command = [sys.executable, '-c', CHILD, str(path), str(ROOT), skip_flags(), os.environ.get('DITNANO_TEST_FLAGS', '')]
-    process = subprocess.Popen(command, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    process = subprocess.Popen(command, cwd=path.parent, env=sandbox, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                errors='replace', start_new_session=True)
     try: said, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
