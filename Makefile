@@ -8,7 +8,7 @@ JOBS   ?= 2
 SCALE  ?=
 NB     ?=
 # Shipped weights that `make weights` makes again, in this order
-WEIGHTS ?=
+WEIGHTS ?= digitsnet digitslens teacher-digits32 pairs-digits32 nano-digits cifarnet cifarlens teacher-cifar10-small
 
 BIN   := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed

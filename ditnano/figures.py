@@ -137,7 +137,7 @@ def latency_note(
     said = [f'{k} {each[k]}' for k in ('guidance','precision','attention') if each[k]]
     return f"seconds for 50,000 images extrapolated from {each['batches']} batches of {each['batch']}, {', '.join(said)}, on {', '.join(_values(timed,'card'))}"
 
-# %% ../nbs/52_figures.ipynb #6e78d69c
+# %% ../nbs/52_figures.ipynb #e4719631
 def open_runs(
     scale:str, # Name of a scale, or path of its YAML file
     runs='',   # Folder of runs; `runs/` in the repository by default
@@ -145,7 +145,10 @@ def open_runs(
 )->tuple: # The Scale, the frame of all runs and published evidence, and the folder of figures
     "What a drawing notebook starts from."
     out = Path(out or figures_dir())
-    return load_scale(scale), collect(runs or runs_dir(), out/'evidence'), out
+    found = collect(runs or runs_dir(), out/'evidence')
+    here = ~found.folder.map(lambda f: Path(f).parent==out/'evidence').astype(bool)
+    timed_here = found[here & (found.kind=='latency')].scale.unique()  # this machine's timings take the place of others'
+    return load_scale(scale), found[here | (found.kind!='latency') | ~found.scale.isin(timed_here)].reset_index(drop=True), out
 
 def publish_drawn(
     frame, # Rows that were drawn
