@@ -7,11 +7,10 @@ __all__ = ['EVAL_SEED', 'BASE', 'GRIDS', 'STUDENTS', 'train_config', 'distill_co
            'latency_run', 'experiment_configs', 'sweep', 'probe_rate', 'run_cost', 'missing', 'plan', 'bench_train',
            'bench_sampling', 'ship']
 
-# %% ../nbs/51_sweep.ipynb #899b86cc
-import math, time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from multiprocessing import get_context
+# %% ../nbs/51_sweep.ipynb #614c1df8
+import contextlib, json, math, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from .config import DESIGNS, DiTConfig, Scale, TrainConfig, load_scale
@@ -149,47 +148,57 @@ def experiment_configs(
     content = content or _content(scale)
     return [distill_config(scale, make[experiment](v), seed, content=content, **how(v)) for v in values for seed in scale.seeds]
 
-# %% ../nbs/51_sweep.ipynb #8e7e1b89
+# %% ../nbs/51_sweep.ipynb #8501135b
 def _one(config, root, scale, device): return distill_run(config, root, scale, device)
-
-def sweep(
-    configs,             # Configurations of `distill_config`
-    root,                # Folder of runs
-    scale:str,           # Name of the scale
-    where:str='here',    # 'here', 'local' (processes) or 'slurm'
-    workers:int=1,       # Processes with 'local'
-    minutes:float=math.inf, # Start no run after this
-    device:str='auto',   # Where each run computes
-    log=print,           # Called with one line per run
-    **slurm,             # Parameters of submitit's executor
-)->list: # Records of the finished runs
-    "Compute the missing runs; a failed one does not stop the others, and is named at the end."
-    if where not in ('here','local','slurm'): raise ValueError(f"where={where!r}; expected 'here', 'local' or 'slurm'")
-    if where=='slurm': return _slurm(configs, root, scale, device, **slurm)
-    if where=='local' and workers>1: return _local(configs, root, scale, workers, device, log)
-    records, wrong, start = [], [], time.monotonic()
-    for n,c in enumerate(configs, 1):
-        if time.monotonic()-start>60*minutes: log(f'time is up: {len(configs)-n+1} runs left for next time'); break
-        try: records.append(_one(c, root, scale, device))
-        except Exception as e: wrong.append(f"{Run(root,'distill',c).folder.name}: {type(e).__name__}: {e}")
-        else: log(f"{n} of {len(configs)}: {records[-1]['name']} {_short(records[-1])}")
-    if wrong: raise RuntimeError('; '.join(wrong))
-    return records
-
-def _short(record): return ', '.join(f'{k} {v:.3g}' for k,v in record['metrics'].items()) + f" ({record['seconds']:.0f} s)"
-
-# %% ../nbs/51_sweep.ipynb #01128561
-def _local(configs, root, scale, workers, device, log):
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        jobs = [pool.submit(_one, c, root, scale, device) for c in configs]
-        return [j.result() for j in jobs]
 
 def _slurm(configs, root, scale, device, cluster=None, **parameters):
     try: import submitit
     except ImportError: raise RuntimeError("where='slurm' needs submitit: pip install 'ditnano[cluster]'") from None
     executor = submitit.AutoExecutor(folder=Path(root)/'slurm', cluster=cluster)
     executor.update_parameters(**parameters)
-    return [j.result() for j in executor.map_array(_one, configs, *([v]*len(configs) for v in (root, scale, device)))]
+    return executor.map_array(_one, configs, *([v]*len(configs) for v in (root, scale, device)))
+
+def _process(config, root, scale, device):
+    "One run in a Python of its own."
+    program = 'import json, sys; from ditnano.sweep import _one; _one(*json.load(sys.stdin))'
+    done = subprocess.run([sys.executable,'-c',program], input=json.dumps([config,str(root),scale,device]), capture_output=True, text=True)
+    if done.returncode: raise RuntimeError((done.stderr.strip().splitlines() or ['no message'])[-1])
+    return read_result(Run(root,'distill',config).folder)
+
+# %% ../nbs/51_sweep.ipynb #f66dd511
+@contextlib.contextmanager
+def _calls(where, workers, configs, *how, **slurm):
+    "One function per configuration that gives its record."
+    if where=='here': yield [partial(_one, c, *how) for c in configs]
+    elif where=='slurm': yield [j.result for j in _slurm(configs, *how, **slurm)]
+    else:
+        with ThreadPoolExecutor(workers) as pool: yield [pool.submit(_process, c, *how).result for c in configs]
+
+# %% ../nbs/51_sweep.ipynb #03145b05
+def sweep(
+    configs,             # Configurations of `distill_config`
+    root,                # Folder of runs
+    scale:str,           # Name of the scale
+    where:str='here',    # 'here', 'local' (processes) or 'slurm'
+    workers:int=1,       # Processes with 'local'
+    minutes:float=math.inf, # With 'here': start no run after this
+    device:str='auto',   # Where each run computes
+    log=print,           # Called with one line per run
+    **slurm,             # Parameters of submitit's executor
+)->list: # Records of the finished runs
+    "Compute the missing runs; a failed one does not stop the others, and is named at the end."
+    if where not in ('here','local','slurm'): raise ValueError(f"where={where!r}; expected 'here', 'local' or 'slurm'")
+    records, wrong, start = [], [], time.monotonic()
+    with _calls(where, workers, configs, root, scale, device, **slurm) as calls:
+        for n,(config,call) in enumerate(zip(configs, calls), 1):
+            if time.monotonic()-start>60*minutes: log(f'time is up: {len(configs)-n+1} runs left for next time'); break
+            try: records.append(call())
+            except Exception as e: wrong.append(f"{Run(root,'distill',config).folder.name}: {type(e).__name__}: {e}")
+            else: log(f"{n} of {len(configs)}: {records[-1]['name']} {_short(records[-1])}")
+    if wrong: raise RuntimeError('; '.join(wrong))
+    return records
+
+def _short(record): return ', '.join(f'{k} {v:.3g}' for k,v in record['metrics'].items()) + f" ({record['seconds']:.0f} s)"
 
 # %% ../nbs/51_sweep.ipynb #71a5ca6c
 def probe_rate(
