@@ -51,9 +51,9 @@ def distill_config(
             'data':data, 'teacher':teacher, 'pairs':{'seeds':[0,scale.pairs], 'steps':scale.teacher_steps},
             'eval':{'samples':scale.samples, 'guidance':scale.guidance if guidance is None else float(guidance), 'judges':list(scale.judges), 'seed':EVAL_SEED}}
 
-# %% ../nbs/51_sweep.ipynb #713abd47
+# %% ../nbs/51_sweep.ipynb #654ae93b
 def _student(config, folder, device, log):
-    "Train, or go on training; the averaged student."
+    "Train, or go on training; the averaged student, and the seconds that training took in all."
     from ditnano.distill import get_recipe
     from ditnano.pairs import PairDataset, ensure_pairs
     from ditnano.train import fit
@@ -61,7 +61,8 @@ def _student(config, folder, device, log):
     pairs = PairDataset(ensure_pairs(config['teacher']['name'], count, steps, device=device), limit=count)
     if pairs.recipe['teacher']['sha256']!=config['teacher']['sha256']: raise ValueError(f"pairs of another teacher than {config['teacher']['name']!r}; expected {config['teacher']['sha256'][:12]}")
     task = get_recipe(config['recipe'])(DiTConfig.from_dict(config['student']), pairs, config['loss'], config['train']['seed'])
-    return fit(task, TrainConfig.from_dict(config['train']), folder, device, callback=log).ema_model()
+    state = fit(task, TrainConfig.from_dict(config['train']), folder, device, callback=log)
+    return state.ema_model(), round(state.seconds)
 
 def _judge(student, config, folder, device):
     "Samples of the student, the judges' numbers, and a sheet of pictures."
@@ -77,7 +78,7 @@ def _judge(student, config, folder, device):
     write_json(folder/'evaluation.json', card(e['samples'], data, e['judges'], config['loss'], [seeds[0],seeds[-1]], e['guidance'], device=device))
     return {k:v for k,v in numbers.items() if k!='samples'}
 
-# %% ../nbs/51_sweep.ipynb #ac95ec90
+# %% ../nbs/51_sweep.ipynb #bc033e60
 def distill_run(
     config:dict,        # From `distill_config`
     root,               # Folder of runs
@@ -89,11 +90,11 @@ def distill_run(
     from ditnano.repro import fingerprint, pick_device
     design = tuple(config['student'][k] for k in ('depth','width','heads'))
     def compute(folder):
-        student, where = _student(config, folder, device, log), pick_device(device)
+        (student, seconds), where = _student(config, folder, device, log), fingerprint(pick_device(device))
         student.save_pretrained(folder/'student', {'config':config, 'scale':scale})
         metrics = _judge(student, config, folder, device)
         (folder/'state.safetensors').unlink()
-        return {'metrics':metrics, 'samples':config['eval']['samples'], 'device':fingerprint(where), 'artefacts':['samples.png','evaluation.json']}
+        return {'metrics':metrics, 'samples':config['eval']['samples'], 'device':where|{'train_seconds':seconds}, 'artefacts':['samples.png','evaluation.json']}
     return run_once(root, 'distill', config, compute, f"DiT {design} {config['loss']}", scale, config['train']['seed'])
 
 # %% ../nbs/51_sweep.ipynb #a488b650
