@@ -51,7 +51,7 @@ def distill_config(
             'data':data, 'teacher':teacher, 'pairs':{'seeds':[0,scale.pairs], 'steps':scale.teacher_steps},
             'eval':{'samples':scale.samples, 'guidance':scale.guidance if guidance is None else float(guidance), 'judges':list(scale.judges), 'seed':EVAL_SEED}}
 
-# %% ../nbs/51_sweep.ipynb #654ae93b
+# %% ../nbs/51_sweep.ipynb #ac986371
 def _student(config, folder, device, log):
     "Train, or go on training; the averaged student, and the seconds that training took in all."
     from ditnano.distill import get_recipe
@@ -74,7 +74,7 @@ def _judge(student, config, folder, device):
     seeds = range(e['seed'], e['seed']+e['samples'])
     images, (_, labels) = sample(student, seeds, guidance=e['guidance'], device=device), noise_and_labels(seeds)
     numbers = evaluate(images, labels, data, e['judges'], loss=config['loss'], device=device)
-    save_grid(sample(student, range(40), balanced_labels(40), guidance=e['guidance'], device=device), folder/'samples.png', columns=10, scale=2)
+    save_grid(sample(student, seeds[:40], balanced_labels(len(seeds[:40])), guidance=e['guidance'], device=device), folder/'samples.png', columns=10, scale=2)
     write_json(folder/'evaluation.json', card(e['samples'], data, e['judges'], config['loss'], [seeds[0],seeds[-1]], e['guidance'], device=device))
     return {k:v for k,v in numbers.items() if k!='samples'}
 
