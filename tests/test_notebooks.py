@@ -1,5 +1,5 @@
 "Every notebook of nbs/ runs from top to bottom at its default parameters, each in a process of its own."
-import json, os, signal, subprocess, sys
+import json, os, shutil, signal, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -44,8 +44,9 @@ def skip_flags():
 
 @pytest.fixture(scope='session')
 def sandbox(tmp_path_factory):
-    "Runs and figures of the tests go to a folder of their own, so that what is committed stays as it is."
+    "Runs and figures of the tests go to a folder of their own, which starts with the committed evidence."
     folder = tmp_path_factory.mktemp('sandbox')
+    if (ROOT/'paper_figures'/'evidence').is_dir(): shutil.copytree(ROOT/'paper_figures'/'evidence', folder/'paper_figures'/'evidence')
     return {**os.environ, 'DITNANO_RUNS':str(folder/'runs'), 'DITNANO_FIGURES':str(folder/'paper_figures')}
 
 
