@@ -73,10 +73,11 @@ class DiTConfig(Config):
     mlp_ratio:float=4.0     # Hidden width of the MLP over w
     label_dropout:float=0.1 # Share of labels replaced by null in training
     learn_sigma:bool=False  # Twice the output channels, as upstream
+    steps:int=1             # Steps from noise to image; 1 in the paper
 
     def __post_init__(self):
         _whole('DiTConfig', depth=self.depth, width=self.width, image_size=self.image_size, patch=self.patch,
-               channels=self.channels, classes=self.classes)
+               channels=self.channels, classes=self.classes, steps=self.steps)
         if self.width%4: raise ValueError(f"DiTConfig: width={self.width}; expected a multiple of 4 (the position code has four quarters)")
         if self.image_size%self.patch: raise ValueError(f"DiTConfig: patch={self.patch} does not divide image_size={self.image_size}")
         if not 0<=self.label_dropout<1: raise ValueError(f"DiTConfig: label_dropout={self.label_dropout}; expected 0 or more and less than 1")

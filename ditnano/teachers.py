@@ -100,7 +100,7 @@ SHIPPED = {
     'digitsnet':  Shipped('classify', 'digits32', _classify(0, 60_000, 2e-3), _digits),
     'digitslens': Shipped('classify', 'digits32', _classify(1, 60_000, 2e-3), _digits),
     'cifarnet':   Shipped('classify', 'cifar10', _classify(2, 560_000, 3e-3), _cifar),
-    'cifarlens':  Shipped('classify', 'cifar10', _classify(3, 240_000, 3e-3), _cifar),
+    'cifarlens':  Shipped('classify', 'cifar10', _classify(3, 560_000, 3e-3), _cifar),
 }
 
 # %% ../nbs/33_teachers.ipynb #aba371d7
