@@ -6,12 +6,12 @@
 __all__ = ['WIDTHS', 'depth', 'ledger', 'ledger_text', 'count_params', 'count_flops', 'LatencyLaw', 'fit_latency', 'jetson_law',
            'jetson_latency', 'pareto', 'Design', 'propose']
 
-# %% ../nbs/10_principles.ipynb #55f273bb
+# %% ../nbs/10_principles.ipynb #c1a05ca2
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from .config import DESIGNS, DiTConfig, factors, heads
+from .config import DESIGNS, DiTConfig, GETConfig, factors, heads
 from .paper import table
 
 # %% ../nbs/10_principles.ipynb #7491800b
@@ -37,11 +37,12 @@ def _config(depth, width=None, **model):
 
 def _linear(n_in, n_out, calls=1): return n_in*n_out+n_out, calls*n_in*n_out # parameters with bias, MACs
 
-# %% ../nbs/10_principles.ipynb #157f9771
-def _block(c, folded):
-    w, n, hidden = c.width, c.tokens, int(c.width*c.mlp_ratio)
+# %% ../nbs/10_principles.ipynb #d8f143d5
+def _matrices(w, n, hidden): # of one transformer block
     return {'attention/qkv': _linear(w, 3*w, n), 'attention/scores': (0, 2*n*n*w), 'attention/proj': _linear(w, w, n),
-            'mlp/fc1': _linear(w, hidden, n), 'mlp/fc2': _linear(hidden, w, n), **_modulation(c, 6, folded)}
+            'mlp/fc1': _linear(w, hidden, n), 'mlp/fc2': _linear(hidden, w, n)}
+
+def _block(c, folded): return _matrices(c.width, c.tokens, int(c.width*c.mlp_ratio)) | _modulation(c, 6, folded)
 
 def _modulation(c, pieces, folded): # adaLN: shifts, scales and gates from time and label
     rows, w = c.classes+(c.label_dropout>0), c.width
@@ -54,14 +55,31 @@ def _embed(c, folded, frequencies=256):
     return {'patch': (patch*w+w, n*patch*w), 'position': (n*w, 0),
             'time': (t0[0]+t2[0], t0[1]+t2[1]), 'label': ((c.classes+(c.label_dropout>0))*w, 0)}
 
-# %% ../nbs/10_principles.ipynb #8a2792e3
+# %% ../nbs/10_principles.ipynb #289edf2e
+def _stack(w, n, ratio, layers, times): # of GET's blocks, evaluated so many times
+    parts = {'norms': (4*w, 0)} | _matrices(w, n, int(w*ratio))
+    return {k:(layers*p, times*layers*m) for k,(p,m) in parts.items()}
+
+def _get_ledger(c, evaluations=6):
+    w, n, patch = c.width, (c.image_size//c.patch)**2, c.patch**2*c.channels
+    label = {'embed/label': (c.classes*3*w, 0)} if c.classes else {}
+    return {'embed/patch': (patch*w+w, n*patch*w), 'embed/position': (n*w, 0), **label,
+            **{f'blocks/{k}':v for k,v in _stack(w, n, c.mlp_ratio, c.depth, 1).items()},
+            'inject/qkv': (3*w*w*c.eq_depth, 3*w*w*c.eq_depth*n),
+            **{f'equilibrium/{k}':v for k,v in _stack(w, n, c.eq_mlp_ratio, c.eq_depth, evaluations).items()},
+            'final/norm': (2*w, 0), 'final/linear': _linear(w, patch, n)}
+
+# %% ../nbs/10_principles.ipynb #1305e9f1
 def ledger(
-    depth,              # Transformer layers, or a DiTConfig
+    depth,              # Transformer layers, or a DiTConfig or GETConfig
     width:int=None,     # Embedding width
     folded:bool=False,  # Count the network as deployed for one step
     **model,            # Other fields of DiTConfig: image_size, patch, channels, classes, mlp_ratio, label_dropout, learn_sigma
 )->dict: # 'path' -> (parameters, MACs per image and forward), in the order of computation
     "What a student costs, part by part (derived from the block of DiT, Section 3.1)."
+    if isinstance(depth, GETConfig):
+        if width is not None or folded or model: raise ValueError(f"a GETConfig says everything, and is not folded; expected no further {next(iter(model), 'width' if width is not None else 'folded')}")
+        return _get_ledger(depth)
     c = _config(depth, width, **model)
     final = _modulation(c, 2, folded) | {'linear': _linear(c.width, c.patch**2*c.out_channels, c.tokens)}
     parts = {f'embed/{k}':v for k,v in _embed(c, folded).items()}
@@ -74,12 +92,12 @@ def ledger_text(
     "A ledger as a table to read."
     total = [sum(v[i] for v in entries.values()) for i in (0,1)]
     rows = [*entries.items(), ('total', total)]
-    line = lambda k,p,m: f"{k:<26}{p:>12,}{p/total[0]:>8.1%}{m:>16,}{m/total[1]:>8.1%}"
-    return '\n'.join([f"{'part':<26}{'parameters':>12}{'share':>8}{'MACs':>16}{'share':>8}", *(line(k,*v) for k,v in rows)])
+    line = lambda k,p,m: f"{k:<30}{p:>12,}{p/total[0]:>8.1%}{m:>16,}{m/total[1]:>8.1%}"
+    return '\n'.join([f"{'part':<30}{'parameters':>12}{'share':>8}{'MACs':>16}{'share':>8}", *(line(k,*v) for k,v in rows)])
 
-# %% ../nbs/10_principles.ipynb #03454555
+# %% ../nbs/10_principles.ipynb #006d22bc
 def count_params(
-    depth,                # Transformer layers, or a DiTConfig
+    depth,                # Transformer layers, or a DiTConfig or GETConfig
     width:int=None,       # Embedding width
     trainable:bool=False, # Leave out the frozen positions
     folded:bool=False,    # Count the network as deployed for one step
@@ -90,7 +108,7 @@ def count_params(
     return sum(p for k,(p,_) in ledger(depth, width, folded, **model).items() if not (trainable and k=='embed/position'))
 
 def count_flops(
-    depth,              # Transformer layers, or a DiTConfig
+    depth,              # Transformer layers, or a DiTConfig or GETConfig
     width:int=None,     # Embedding width
     folded:bool=False,  # Count the network as deployed for one step
     **model,            # Other fields of DiTConfig

@@ -85,7 +85,7 @@ def update_ema(
     new = _floats(model)
     torch._foreach_lerp_([ema[k] for k in ema], [new[k] for k in ema], 1-decay)
 
-# %% ../nbs/31_train.ipynb #5e3d5882
+# %% ../nbs/31_train.ipynb #8d0e21ca
 @dataclass
 class State:
     "A run in progress."
@@ -94,6 +94,8 @@ class State:
     optimizer:torch.optim.Optimizer  # AdamW
     step:int=0                       # Optimiser steps done
     seconds:float=0.0                # Time spent training, over all resumptions
+    partner:nn.Module=None           # Trained beside the model, and not kept
+    partner_optimizer:torch.optim.Optimizer=None # Its own AdamW
 
     def ema_model(self)->nn.Module:
         "A copy of the model with the averaged weights, in eval mode."
@@ -106,12 +108,13 @@ def _optimizer(model, cfg):
     fused = all(p.device.type in ('cpu','cuda') for p in params)
     return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
-# %% ../nbs/31_train.ipynb #fe0ae475
+# %% ../nbs/31_train.ipynb #97cac14b
+def _moments(optimizer): return {f'{i}.{k}':torch.as_tensor(v) for i,s in optimizer.state_dict()['state'].items() for k,v in s.items()}
+
 def _tensors(state):
-    out = {f'model.{k}':v for k,v in state.model.state_dict().items()} | {f'ema.{k}':v for k,v in state.ema.items()}
-    for i,s in state.optimizer.state_dict()['state'].items():
-        out |= {f'optimizer.{i}.{k}':torch.as_tensor(v) for k,v in s.items()}
-    return {k:v.detach().contiguous().clone() for k,v in out.items()}
+    parts = {'model':state.model.state_dict(), 'ema':state.ema, 'optimizer':_moments(state.optimizer)}
+    if state.partner is not None: parts |= {'partner':state.partner.state_dict(), 'partner_optimizer':_moments(state.partner_optimizer)}
+    return {f'{name}.{k}':v.detach().contiguous().clone() for name,part in parts.items() for k,v in part.items()}
 
 def save_state(
     state:State, # Run in progress
@@ -122,12 +125,17 @@ def save_state(
     meta = {'step':str(state.step), 'seconds':str(state.seconds), 'identity':json.dumps(identity, sort_keys=True)}
     with atomic(file) as tmp: save_file(_tensors(state), tmp, metadata=meta)
 
-# %% ../nbs/31_train.ipynb #310ccc9c
+# %% ../nbs/31_train.ipynb #da952df3
 def _differs(old, new, path=''):
     "First place where two nested dictionaries differ, in words."
     for k in sorted(set(old)|set(new)):
         a, b = old.get(k,'nothing'), new.get(k,'nothing')
         if a!=b: return _differs(a, b, f'{path}{k}.') if isinstance(a,dict) and isinstance(b,dict) else f"{path}{k} is {a} there, expected {b}"
+
+def _restore(optimizer, found):
+    moments = {}
+    for k,v in found.items(): moments.setdefault(int(k.split('.')[0]),{})[k.split('.')[1]] = v
+    optimizer.load_state_dict({'state':moments, 'param_groups':optimizer.state_dict()['param_groups']})
 
 def load_state(
     state:State, # Fresh run; overwritten
@@ -144,9 +152,10 @@ def load_state(
     part = lambda name: {k[len(name)+1:]:v for k,v in found.items() if k.startswith(name+'.')}
     state.model.load_state_dict(part('model'))
     for k,v in part('ema').items(): state.ema[k].copy_(v)
-    moments = {}
-    for k,v in part('optimizer').items(): moments.setdefault(int(k.split('.')[0]),{})[k.split('.')[1]] = v
-    state.optimizer.load_state_dict({'state':moments, 'param_groups':state.optimizer.state_dict()['param_groups']})
+    _restore(state.optimizer, part('optimizer'))
+    if state.partner is not None:
+        state.partner.load_state_dict(part('partner'))
+        _restore(state.partner_optimizer, part('partner_optimizer'))
     state.step, state.seconds = int(meta['step']), float(meta['seconds'])
 
 # %% ../nbs/31_train.ipynb #79866181
@@ -175,7 +184,7 @@ class Progress:
         self.bar.update(line['images']-self.bar.n)
         if line['images']>=line['of']: self.bar.close()
 
-# %% ../nbs/31_train.ipynb #dde4b59b
+# %% ../nbs/31_train.ipynb #c4342cea
 def _prepare(task, cfg, device):
     "Accelerator and a fresh state on its device."
     with warnings.catch_warnings():
@@ -185,12 +194,32 @@ def _prepare(task, cfg, device):
     if cfg.batch%accelerator.num_processes: raise ValueError(f"batch={cfg.batch} on {accelerator.num_processes} processes; expected a multiple")
     model = task.model.to(accelerator.device)
     if hasattr(task,'to'): task.to(accelerator.device)
-    ema = {k:v.detach().clone() for k,v in _floats(model).items()}
-    return accelerator, State(model, ema, _optimizer(model, cfg))
+    state = State(model, {k:v.detach().clone() for k,v in _floats(model).items()}, _optimizer(model, cfg))
+    if (partner := getattr(task,'partner',None)) is not None:
+        state.partner = partner.to(accelerator.device)
+        state.partner_optimizer = _optimizer(partner, _how(task, cfg))
+    return accelerator, state
+
+def _how(task, cfg): return task.partner_how(cfg) if hasattr(task,'partner_how') else cfg
 
 def _move(batch, device): return tuple(b.to(device, non_blocking=True) if torch.is_tensor(b) else b for b in batch)
 
-# %% ../nbs/31_train.ipynb #0e5fa138
+# %% ../nbs/31_train.ipynb #78828658
+def _update(net, optimizer, cfg, step, accelerator):
+    if cfg.clip: accelerator.clip_grad_norm_(net.parameters(), cfg.clip)
+    for group in optimizer.param_groups: group['lr'] = learning_rate(cfg, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+def _partner_step(state, task, cfg, batch, step, accelerator):
+    if hasattr(task,'partner_loss'):
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=cfg.precision=='bf16'): loss = task.partner_loss(batch, step)
+        accelerator.backward(loss)
+    if accelerator.num_processes>1: # the model's gradients are averaged by its wrapper; these by hand
+        for p in state.partner.parameters(): p.grad = None if p.grad is None else accelerator.reduce(p.grad, 'mean')
+    _update(state.partner, state.partner_optimizer, _how(task, cfg), state.step, accelerator)
+
+# %% ../nbs/31_train.ipynb #1c1b9f17
 def train_step(
     state:State, # Changed in place
     task,        # What is trained
@@ -204,10 +233,8 @@ def train_step(
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=cfg.precision=='bf16'):
         loss = task.loss(model or state.model, batch, step)
     accelerator.backward(loss)
-    if cfg.clip: accelerator.clip_grad_norm_(state.model.parameters(), cfg.clip)
-    for group in state.optimizer.param_groups: group['lr'] = learning_rate(cfg, state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    _update(state.model, state.optimizer, cfg, state.step, accelerator)
+    if state.partner is not None: _partner_step(state, task, cfg, batch, step, accelerator)
     if cfg.ema: update_ema(state.ema, state.model, ema_decay(cfg, state.step))
     state.step += 1
     return loss.detach()
