@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'FILES', 'STUDENTS', 'DiT', 'check_inputs', 'initialise', 'randomise', 'guided', 'save_student',
-           'shipped_students', 'find_student', 'load_student']
+           'shipped_students', 'find_student', 'student_class', 'load_student']
 
 # %% ../nbs/12_dit.ipynb #0d0661a3
 import json
@@ -126,12 +126,12 @@ def guided(
     image = without[:,:n] + scale*(with_label[:,:n]-without[:,:n])
     return torch.cat([image, with_label[:,n:]], 1) if both.shape[1]>n else image
 
-# %% ../nbs/12_dit.ipynb #861107d7
+# %% ../nbs/12_dit.ipynb #cb317455
 FORMAT = 1  # of config.json
 FILES = ('config.json','model.safetensors')
 
 def save_student(
-    model:DiT,       # What to save
+    model:nn.Module, # What to save: a DiT, or another network with a `.cfg`
     folder,          # Where; replaced if it holds a student and nothing else
     card:dict=None,  # Where the weights come from: data, teacher, recipe, scores
     half:bool=False, # Store as float16
@@ -147,7 +147,7 @@ def save_student(
     with atomic(folder) as tmp:
         tmp.mkdir()
         save_file(state, tmp/'model.safetensors', metadata={'format':'pt'})
-        write_json(tmp/'config.json', {'format':FORMAT, 'class':'DiT', 'config':model.cfg.to_dict(), 'dtype':'float16' if half else 'float32', 'card':card})
+        write_json(tmp/'config.json', {'format':FORMAT, 'class':type(model).__name__, 'config':model.cfg.to_dict(), 'dtype':'float16' if half else 'float32', 'card':card})
 
 # %% ../nbs/12_dit.ipynb #ac693148
 STUDENTS = ('nano-digits','nano-0.42m','nano-2.2m','nano-5m') # Names that a trained student may bear
@@ -184,18 +184,26 @@ def _match(path, found, wanted):
         if found[k].shape!=v.shape: raise ValueError(f"{path}: {k} has shape {tuple(found[k].shape)}; its config.json expects {tuple(v.shape)}")
     if extra := sorted(set(found)-set(wanted)): raise ValueError(f"{path}: {extra[0]} does not belong to its config.json")
 
-# %% ../nbs/12_dit.ipynb #87cf055c
-def load_student(
+# %% ../nbs/12_dit.ipynb #c46f3d4a
+def student_class(
     name, # A shipped name, or a folder made by save_pretrained
-)->DiT: # In eval mode, float32, on the CPU; its card is `.card`
+)->str: # 'DiT', or the name of another class
+    "Which network lies in a folder; its weights are not read."
+    return str(_read_config(find_student(name)).get('class'))
+
+def load_student(
+    name,             # A shipped name, or a folder made by save_pretrained
+    kind=DiT,         # Class of the network that is expected there
+    config=DiTConfig, # Class of its configuration
+)->nn.Module: # In eval mode, float32, on the CPU; its card is `.card`
     "Read a student back."
     folder = find_student(name)
     d, path = _read_config(folder), folder/'model.safetensors'
-    if d.get('class')!='DiT': raise ValueError(f"{folder}: holds {d.get('class')!r}; expected a 'DiT'")
+    if d.get('class')!=kind.__name__: raise ValueError(f"{folder}: holds {d.get('class')!r}; expected a {kind.__name__!r}")
     if d.get('format')!=FORMAT: raise ValueError(f"{folder}: config.json has format {d.get('format')!r}; expected {FORMAT}")
-    try: cfg = DiTConfig.from_dict(d['config'])
+    try: cfg = config.from_dict(d['config'])
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{folder/'config.json'}: {e}") from None
-    state, model = _read_state(path), DiT(cfg)
+    state, model = _read_state(path), kind(cfg)
     _match(path, state, model.state_dict())
     model.load_state_dict({k:v.float() for k,v in state.items()})
     model.card = d.get('card')
