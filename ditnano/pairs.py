@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'CHECKS', 'FEW', 'teacher_hash', 'pairs_recipe', 'sample_pairs', 'read_manifest', 'make_pairs',
-           'map_safetensors', 'PairDataset', 'ensure_pairs']
+           'map_safetensors', 'PairDataset', 'import_pairs', 'imported', 'teacher_record', 'ensure_pairs']
 
-# %% ../nbs/23_pairs.ipynb #390e1433
-import contextlib, copy, hashlib, json, mmap, time
+# %% ../nbs/23_pairs.ipynb #f71c0fe3
+import contextlib, copy, hashlib, json, mmap, re, time, warnings, zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from . import edm
-from .repro import atomic, cache_dir, content_hash, file_hash, noise_and_labels, pick_device, weights_dir, write_json
+from .repro import atomic, cache_dir, content_hash, data_dir, file_hash, noise_and_labels, pick_device, weights_dir, write_json
 
 # %% ../nbs/23_pairs.ipynb #1de8d5b1
 def teacher_hash(
@@ -99,26 +100,31 @@ def _missing(
         p = max(p, hi)
     return out
 
-# %% ../nbs/23_pairs.ipynb #ff23d98c
-def _make_shard(net, recipe, lo, hi, batch, device, store_noise):
-    parts = [sample_pairs(net, range(i, min(hi, i+batch)), recipe, device) for i in range(lo, hi, batch)]
+# %% ../nbs/23_pairs.ipynb #3125f420
+def _stored(parts, recipe, lo, hi, store_noise=True):
+    "Parts of (z, x, y) as the tensors of one shard."
     z, x, y = (torch.cat(p) for p in zip(*parts))
     out = {'x':x.to(DTYPES[recipe['image_dtype']]), 'y':y}
-    if not out['x'].isfinite().all(): raise ValueError(f"seeds {lo}-{hi-1}: an image exceeds the range of fp16; use image_dtype='fp32'")
+    if not out['x'].isfinite().all(): raise ValueError(f"{_what(recipe)} {lo}-{hi-1}: an image exceeds the range of fp16; use image_dtype='fp32'")
     return out | {'z':z} if store_noise else out
+
+def _make_shard(net, recipe, batch, device, store_noise, lo, hi):
+    return _stored([sample_pairs(net, range(i, min(hi, i+batch)), recipe, device) for i in range(lo, hi, batch)], recipe, lo, hi, store_noise)
+
+def _what(recipe): return 'positions' if 'source' in recipe else 'seeds'
 
 def _write_shard(out, tensors, lo, hi, **facts):
     path = out/f'pairs-{lo:09d}-{hi-1:09d}.safetensors'
     with atomic(path) as tmp: save_file(tensors, tmp)
     return {'file':path.name, 'seeds':[lo,hi], 'count':hi-lo, 'bytes':path.stat().st_size, 'sha256':file_hash(path), **facts}
 
-# %% ../nbs/23_pairs.ipynb #96428695
+# %% ../nbs/23_pairs.ipynb #2413f478
 def read_manifest(
     folder, # A folder made by `make_pairs`
 )->dict: # `recipe`, `layout`, `seeds` (first, one past last), `shards`
     "The list of what a folder of pairs holds."
     path = Path(folder)/'manifest.json'
-    if not path.is_file(): raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs")
+    if not path.is_file(): raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_pairs")
     try:
         m = json.loads(path.read_text())
         m['recipe']['teacher']['sha256'], m['layout']['shard'], m['seeds'][1], [(s['file'],s['seeds'][1],s['bytes'],s['sha256']) for s in m['shards']]
@@ -162,7 +168,7 @@ def _load(teacher, name=None):
     net = teacher if isinstance(teacher, torch.nn.Module) else edm.load_teacher(teacher)
     return net, name or getattr(net, 'name', type(net).__name__)
 
-# %% ../nbs/23_pairs.ipynb #e6c68832
+# %% ../nbs/23_pairs.ipynb #3e84e2ac
 def make_pairs(
     teacher,      # Name, folder or network (`edm.load_teacher`)
     seeds,        # Range of seeds: range(1000), 1000, or '0-999'
@@ -181,25 +187,27 @@ def make_pairs(
     for k,v in {'shard':shard, 'batch':batch}.items():
         if v<1: raise ValueError(f"{k}={v}: expected 1 or more")
     out, device, (teacher, name) = Path(out), pick_device(device), _load(teacher, name)
-    recipe = pairs_recipe(teacher, name, steps, image_dtype)
-    _open_manifest(out, recipe, {'shard':shard, 'noise':store_noise}, a, b)
+    recipe, layout = pairs_recipe(teacher, name, steps, image_dtype), {'shard':shard, 'noise':store_noise}
+    _open_manifest(out, recipe, layout, a, b)
+    ready = lambda: partial(_make_shard, _borrow(teacher, device), recipe, batch, device, store_noise)
     with _alone(out), torch.inference_mode():
-        return _fill(out, teacher, recipe, a, b, shard, batch, store_noise, device, log or (lambda line: None))
+        return _fill(out, recipe, layout, a, b, ready, log, batch=batch, device=device.type)
 
-# %% ../nbs/23_pairs.ipynb #8d911553
-def _fill(out, teacher, recipe, a, b, shard, batch, store_noise, device, log):
-    "Make the missing shards, one after the other, each followed by its manifest."
-    m = _open_manifest(out, recipe, {'shard':shard, 'noise':store_noise}, a, b)
+# %% ../nbs/23_pairs.ipynb #851aa38e
+def _fill(out, recipe, layout, a, b, ready, log, **facts):
+    "Make the missing shards, one after the other, each followed by its manifest; `ready()` gives the function that makes one."
+    m = _open_manifest(out, recipe, layout, a, b)
     here = [s for s in m['shards'] if (out/s['file']).is_file() and (out/s['file']).stat().st_size==s['bytes']]
-    todo = _missing(here, *m['seeds'], shard)
+    todo = _missing(here, *m['seeds'], layout['shard'])
     write_json(out/'manifest.json', m | {'shards':here})
-    net = _borrow(teacher, device) if todo else None
+    make = ready() if todo else None
     for i,(lo,hi) in enumerate(todo):
         start = time.perf_counter()
-        tensors = _make_shard(net, recipe, lo, hi, batch, device, store_noise)
-        here = sorted(here+[_write_shard(out, tensors, lo, hi, batch=batch, device=device.type)], key=lambda s:s['seeds'])
+        tensors = make(lo, hi)
+        here = sorted(here+[_write_shard(out, tensors, lo, hi, **facts)], key=lambda s:s['seeds'])
         write_json(out/'manifest.json', m | {'shards':here})
-        log(f"shard {i+1} of {len(todo)}: seeds {lo}-{hi-1}, {(hi-lo)/(time.perf_counter()-start):.1f} images/s on {device.type}")
+        where = f" on {facts['device']}" if 'device' in facts else ''
+        if log: log(f"shard {i+1} of {len(todo)}: {_what(recipe)} {lo}-{hi-1}, {(hi-lo)/(time.perf_counter()-start):.1f} images/s{where}")
     return out
 
 # %% ../nbs/23_pairs.ipynb #592de4ec
@@ -220,18 +228,18 @@ def map_safetensors(
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f"{path}: not a readable shard ({type(e).__name__})") from None
 
-# %% ../nbs/23_pairs.ipynb #3d2cf10a
+# %% ../nbs/23_pairs.ipynb #54dbc368
 CHECKS = ('size','hash',None)
 
 def _check_shard(path, record, check):
     a, b = record['seeds']
-    if not path.is_file(): raise FileNotFoundError(f"{path}: the shard of seeds {a}-{b-1} is missing; run make_pairs again")
+    if not path.is_file(): raise FileNotFoundError(f"{path}: the shard of seeds {a}-{b-1} is missing; run make_pairs (or import_pairs) again")
     if check is None: return
     size = path.stat().st_size
     if size!=record['bytes']: raise ValueError(f"{path}: {size:,} bytes, expected {record['bytes']:,}; cut short or altered")
     if check=='hash' and file_hash(path)!=record['sha256']: raise ValueError(f"{path}: content differs from the manifest's sha256; altered")
 
-# %% ../nbs/23_pairs.ipynb #3ec00c6f
+# %% ../nbs/23_pairs.ipynb #ef139e39
 def _place(folder, record): return Path(folder)/Path(record['file']).name
 
 def _covered(m):
@@ -247,7 +255,7 @@ def _records(folder, m, limit, check):
     if check not in CHECKS: raise ValueError(f"check={check!r}: expected 'size', 'hash' or None")
     (a, b), n = m['seeds'], _covered(m)
     want = b-a if limit is None else limit
-    if not 1<=want<=n: raise ValueError(f"{folder}: {n} of {b-a} pairs are there, {want} asked for; run make_pairs again, or give a smaller limit")
+    if not 1<=want<=n: raise ValueError(f"{folder}: {n} of {b-a} pairs are there, {want} asked for; run make_pairs (or import_pairs) again, or give a smaller limit")
     records = [s for s in m['shards'] if s['seeds'][0]<a+want]
     for s in records: _check_shard(_place(folder, s), s, check)
     return records, want
@@ -300,11 +308,11 @@ class _Shards:
 
 FEW = 8 # rows; one touch can map 2 MB where the system caches files in large pieces
 
-# %% ../nbs/23_pairs.ipynb #24ccd089
+# %% ../nbs/23_pairs.ipynb #2e43e45f
 class PairDataset(torch.utils.data.Dataset):
     "Pairs in the order of their seeds: `[i] -> (z, x, y)`, images unclipped."
     def __init__(self,
-        folder,           # Made by `make_pairs`
+        folder,           # Made by `make_pairs` or `import_pairs`
         check='size',     # Look at each shard's 'size', its 'hash', or None
         limit:int=None,   # Only the first `limit` pairs
         noise_cache=256,  # MB of regenerated noise to keep
@@ -319,7 +327,7 @@ class PairDataset(torch.utils.data.Dataset):
         self._noise = _Noise(self.seeds, self.recipe, noise_cache)
 
     def __len__(self): return len(self.seeds)
-    def __repr__(self): return f"PairDataset({self.recipe['teacher']['name']}, seeds {self.seeds[0]}-{self.seeds[-1]}, {self.hash})"
+    def __repr__(self): return f"PairDataset({self.recipe['teacher']['name']}, {_what(self.recipe)} {self.seeds[0]}-{self.seeds[-1]}, {self.hash})"
 
     def __getitem__(self, i:int):
         "Noise and image (C, R, R) float32, label."
@@ -343,7 +351,142 @@ class PairDataset(torch.utils.data.Dataset):
             if 'z' not in a: z[at] = self._noise(idx[at], y[at], self._shards.paths[k])
         return torch.from_numpy(z), torch.from_numpy(x), torch.from_numpy(y)
 
-# %% ../nbs/23_pairs.ipynb #eb2c90cd
+# %% ../nbs/23_pairs.ipynb #42fb9692
+def _unpickle(path):
+    "What a file of torch.save holds, mapped where its form allows; it can build nothing but tensors and containers."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:
+        named = re.search(r'GLOBAL:? ([\w.]+)', str(e))
+        why = f"names {named[1]}" if named else "damaged, cut short, or of another kind"
+        raise ValueError(f"{_short(path)}: {why}; expected tensors written by torch.save and nothing else") from None
+
+def _short(path): return f'{path.parent.name}/{path.name}'
+
+# %% ../nbs/23_pairs.ipynb #a69102ee
+def _check_tensor(where, t, dims, dtypes):
+    if not isinstance(t, torch.Tensor): raise ValueError(f"{where} is a {type(t).__name__}; expected a tensor")
+    if t.ndim!=dims or t.dtype not in dtypes: raise ValueError(f"{where} is {tuple(t.shape)} {t.dtype}; expected {dims} dimensions of {' or '.join(map(str,dtypes))}")
+    real = t.layout==torch.strided and t.device.type=='cpu' and t.numel()*t.element_size()<=t.untyped_storage().nbytes()
+    if not real or not t.numel(): raise ValueError(f"{where} says {tuple(t.shape)} and does not hold as much; expected one number for each place")
+
+def _read_chunk(folder, name):
+    "Noise (n,C,R,R), images (n,C,R,R), one-hot labels (n,K) or None, of one published chunk."
+    latent, image = folder/'latent'/name, folder/'image'/name
+    z, x = _unpickle(latent), _unpickle(image)
+    if isinstance(x, (list,tuple)) and isinstance(z, torch.Tensor): raise ValueError(f"{_short(image)} holds labels and {_short(latent)} none; the two folders seem to be exchanged")
+    if not isinstance(z, (list,tuple)): z = [z, None]
+    if len(z)!=2: raise ValueError(f"{_short(latent)} holds {len(z)} things; expected noise and labels")
+    z, y = z
+    _check_tensor(f'{_short(latent)}: noise', z, 4, [torch.float32])
+    _check_tensor(f'{_short(image)}: images', x, 4, [torch.float32, torch.float64])
+    if y is not None: _check_tensor(f'{_short(latent)}: labels', y, 2, [torch.float32])
+    if x.shape!=z.shape or (y is not None and len(y)!=len(z)):
+        raise ValueError(f"{name}: noise {tuple(z.shape)}, images {tuple(x.shape)}{'' if y is None else f', labels {tuple(y.shape)}'}; expected one of each for every pair")
+    return z, x, y
+
+# %% ../nbs/23_pairs.ipynb #79846b26
+def _check_numbers(where, z, x):
+    "Finite; noise that is unit normal; images about [-1, 1]."
+    for what,t in (('noise',z), ('an image',x)):
+        bad = (~t.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad: raise ValueError(f"{where}: {what} is not finite in row {bad[0]} of those looked at; expected numbers")
+    mean, sd, tolerance = z.mean().item(), z.std().item(), 0.02+5/z.numel()**0.5
+    if abs(mean)>tolerance or abs(sd-1)>tolerance: raise ValueError(f"{where}: noise has mean {mean:.2f} and deviation {sd:.2f}; expected 0 and 1 (are latent and image exchanged?)")
+    beyond = (x.abs()>1.5).double().mean().item()
+    if beyond>0.05: raise ValueError(f"{where}: {beyond:.0%} of the images' values lie beyond 1.5; expected about [-1, 1]")
+
+def _check_onehot(where, y):
+    bad = (~((y==0)|(y==1)).all(1) | (y.sum(1)!=1)).nonzero().flatten().tolist()
+    if bad: raise ValueError(f"{where}: label row {bad[0]} is {y[bad[0]].tolist()[:12]}; expected a single 1 among zeros")
+
+# %% ../nbs/23_pairs.ipynb #9a1a5268
+def _chunk_names(folder):
+    sides = {}
+    for side in ('latent','image'):
+        if not (folder/side).is_dir(): raise FileNotFoundError(f"{folder}: no folder {side!r}; expected GET's latent/*.pkl and image/*.pkl")
+        sides[side] = {p.name for p in (folder/side).glob('*.pkl') if not p.name.startswith('.')}
+    latent, image = sides.values()
+    for name in sorted(latent^image): raise ValueError(f"{name} is in {'latent' if name in latent else 'image'} alone; expected the same names on both sides")
+    odd = [n for n in sorted(latent) if not re.fullmatch('[0-9]+', n[:-4])]
+    if odd or not latent: raise ValueError(f"{folder}: {odd[0] if odd else 'no .pkl files'}; expected files named by a number, as 000012499.pkl")
+    return sorted(latent, key=lambda n:int(n[:-4]))
+
+def _survey(folder, few=64):
+    "(name, pairs) of each chunk in order, the shape of one image, and the number of classes; 0 without labels."
+    chunks, kinds = [], {}
+    for name in _chunk_names(folder):
+        z, x, y = _read_chunk(folder, name)
+        if y is not None: _check_onehot(f'latent/{name}', y)
+        _check_numbers(name, z[:few], x[:few])
+        kinds.setdefault((tuple(z.shape[1:]), 0 if y is None else y.shape[1], x.dtype), name)
+        if len(kinds)>1: raise ValueError(f"{name} differs from {chunks[0][0]}: {', and '.join(f'{s}, {k} classes, {d}' for s,k,d in kinds)}; expected files of one kind")
+        chunks.append((name, len(z)))
+    shape, classes, _ = next(iter(kinds))
+    if shape[1]!=shape[2]: raise ValueError(f"{chunks[0][0]}: images of {shape}; expected squares")
+    return chunks, list(shape), classes
+
+# %% ../nbs/23_pairs.ipynb #0b80d2de
+def _content_of(folder, chunks, log):
+    "SHA-256 over names and contents of all files, in their order."
+    h = hashlib.sha256()
+    for i,(name,n) in enumerate(chunks, 1):
+        for path in (folder/'latent'/name, folder/'image'/name):
+            with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as z:
+                if z and (bad := z.testzip()): raise ValueError(f"{_short(path)}: {bad} fails its checksum; expected an undamaged file")
+            h.update(f"{_short(path)} {file_hash(path)}\n".encode())
+        if log: log(f"looked through {i} of {len(chunks)}: {name}, {n} pairs")
+    return h.hexdigest()
+
+def _import_recipe(name, content, chunks, shape, classes, image_dtype):
+    return {'format':1, 'teacher':{'name':name, 'sha256':content}, 'image_dtype':image_dtype, 'source':{'kind':'latent/*.pkl and image/*.pkl of GET', 'files':len(chunks), 'pairs':sum(n for _,n in chunks)},
+            'sampler':{'kind':'as published'}, 'noise':'stored as published, not from our seeds; seeds are positions, in the order of names and rows', 'shape':shape, 'classes':classes}
+
+# %% ../nbs/23_pairs.ipynb #2ce9b0fd
+class _Chunks:
+    "The pairs of a published folder by position, one chunk open at a time."
+    def __init__(self, folder, chunks, recipe):
+        self.folder, self.names, self.recipe, self.now = folder, [n for n,_ in chunks], recipe, (None,None)
+        self.starts = np.cumsum([0]+[n for _,n in chunks]).tolist()
+
+    def open(self, k):
+        if self.now[0]!=k:
+            self.now = None, None   # let go of the last one first
+            self.now = k, _read_chunk(self.folder, self.names[k])
+        return self.now[1]
+
+    def parts(self, lo, hi):
+        for k,(a,b) in enumerate(zip(self.starts, self.starts[1:])):
+            if a>=hi or b<=lo: continue
+            rows = slice(max(lo,a)-a, min(hi,b)-a)
+            z, x, y = (t if t is None else t[rows] for t in self.open(k))
+            _check_numbers(f'{self.names[k]}, rows {rows.start}-{rows.stop-1}', z, x)
+            yield z.clone(), x.to(torch.float32, copy=True), y.argmax(1) if y is not None else torch.zeros(len(z), dtype=torch.int64)
+
+    def shard(self, lo, hi): return _stored(list(self.parts(lo, hi)), self.recipe, lo, hi)
+
+# %% ../nbs/23_pairs.ipynb #c0cb180a
+def import_pairs(
+    folder,         # Holds `latent/*.pkl` and `image/*.pkl`
+    out,            # Folder for `PairDataset`; one that is there is continued
+    shard:int=1000, # Pairs in a file
+    image_dtype:str='fp32', # How images are stored: 'fp32' or 'fp16'
+    log=None,       # Called with one line per file and per shard, e.g. `print`
+    teacher:str='GET pairs', # What people call whoever drew them
+)->Path: # The folder
+    "Bring GET's published pairs into our form; run again to continue (Appendix C of the paper)."
+    if shard<1: raise ValueError(f"shard={shard}: expected 1 or more")
+    if image_dtype not in DTYPES: raise ValueError(f"image_dtype {image_dtype!r}: expected 'fp32' or 'fp16'")
+    folder, out, layout = Path(folder), Path(out), {'shard':shard, 'noise':True}
+    chunks, shape, classes = _survey(folder)
+    recipe = _import_recipe(teacher, _content_of(folder, chunks, log), chunks, shape, classes, image_dtype)
+    n = recipe['source']['pairs']
+    _open_manifest(out, recipe, layout, 0, n)
+    with _alone(out): return _fill(out, recipe, layout, 0, n, lambda: _Chunks(folder, chunks, recipe).shard, log)
+
+# %% ../nbs/23_pairs.ipynb #0a6655d8
 def _covers(folder, recipe, count):
     "Whether a folder holds seeds 0..count-1 of the same teacher and sampler, whatever its precision."
     if not (folder/'manifest.json').is_file(): return False
@@ -351,8 +494,24 @@ def _covers(folder, recipe, count):
     same = _identity(m['recipe'])|{'image_dtype':0} == _identity(recipe)|{'image_dtype':0}
     return same and m['seeds'][0]==0 and _covered(m)>=count
 
+def imported(
+    name, # A folder made by `import_pairs`, or the name of one in `data_dir()`; anything else is no such set
+): # The folder, or None
+    "Where an imported set lies."
+    for p in (Path(name), data_dir()/name) if isinstance(name, (str,Path)) else ():
+        if (p/'manifest.json').is_file() and 'source' in read_manifest(p)['recipe']: return p
+    return None
+
+def teacher_record(
+    name, # Of a teacher (`edm.load_teacher`), or of an imported set
+)->dict: # name, sha256
+    "Who drew the pairs, by content: a teacher's weights, or the published files themselves."
+    folder = imported(name)
+    return {'name':str(name), 'sha256':read_manifest(folder)['recipe']['teacher']['sha256'] if folder else edm.load_teacher(name).hash}
+
+# %% ../nbs/23_pairs.ipynb #ba0fa5cc
 def ensure_pairs(
-    teacher,         # Name, folder or network (`edm.load_teacher`)
+    teacher,         # Name, folder or network (`edm.load_teacher`), or an imported set
     count:int,       # Pairs, of seeds 0..count-1
     steps:int=18,    # Heun steps of the teacher
     image_dtype:str='fp32', # For pairs that must be made
@@ -362,6 +521,9 @@ def ensure_pairs(
 )->Path: # A folder for `PairDataset(folder, limit=count)`
     "Pairs of a teacher: shipped, cached, or made now."
     if count<1: raise ValueError(f"count={count}: expected 1 or more")
+    if folder := imported(teacher):
+        if (n := _covered(read_manifest(folder)))<count: raise ValueError(f"{teacher}: {n} imported pairs, {count} asked for; expected at most {n}")
+        return folder
     net, name = _load(teacher)
     recipe = pairs_recipe(net, name, steps, image_dtype)
     shipped = weights_dir()/f'pairs-{name}'
