@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'LOOKS', 'BACKBONES', 'DISTORTIONS', 'Loss', 'L1', 'L2', 'unit', 'resized', 'backbone_file', 'LPIPS',
-           'Perceptual', 'blur', 'noised', 'shifted', 'orders_distortions', 'get_loss']
+           'Perceptual', 'blur', 'noised', 'shifted', 'orders_distortions', 'get_loss', 'lens_hash']
 
-# %% ../nbs/30_losses.ipynb #0e6874c9
+# %% ../nbs/30_losses.ipynb #586d70f8
 import contextlib, copy, re, warnings
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .classifier import load_classifier
-from .repro import import_guarded, torch_home
+from .repro import file_hash, import_guarded, torch_home
 
 # %% ../nbs/30_losses.ipynb #2c3d83ae
 LIMIT = 10.0 # Largest absolute value of a target; bytes go far beyond, noisy targets stay below 6
@@ -224,14 +224,27 @@ def orders_distortions(
         out.append({'distortion':kind, 'strengths':strengths, 'distances':d, 'ordered':0<d[0]<d[1]<d[2]})
     return out
 
-# %% ../nbs/30_losses.ipynb #06a8fec4
+# %% ../nbs/30_losses.ipynb #2a672f4c
+def _parts(name):
+    "Kind, network and size of a perceptual loss's name."
+    found = re.fullmatch(r'(LPIPS|perceptual)-([^@]+)(?:@(\d+|native))?', str(name))
+    if not found: raise ValueError(f"loss {name!r}: expected L1, L2, LPIPS-<{'|'.join(BACKBONES)}>@<pixels> or perceptual-<classifier>@<pixels>")
+    return found.groups()
+
 def get_loss(
     name:str, # 'L1', 'L2', 'LPIPS-vgg@224', 'LPIPS-squeeze@64', 'perceptual-digitslens@32'; '@native' does not resize
 )->Loss:
     "The loss that a name stands for; `get_loss(name).name == name`."
     if name in ('L1','L2'): return {'L1':L1, 'L2':L2}[name]()
-    found = re.fullmatch(r'(LPIPS|perceptual)-([^@]+)(?:@(\d+|native))?', str(name))
-    if not found: raise ValueError(f"loss {name!r}: expected L1, L2, LPIPS-<{'|'.join(BACKBONES)}>@<pixels> or perceptual-<classifier>@<pixels>")
-    kind, net, size = found.groups()
+    kind, net, size = _parts(name)
     size = {} if size is None else {'resize':None if size=='native' else int(size)}
     return (LPIPS if kind=='LPIPS' else Perceptual)(net, **size)
+
+# %% ../nbs/30_losses.ipynb #13aeff48
+def lens_hash(
+    name:str, # As for `get_loss`
+): # SHA-256 of the weights that it looks through, None for pixels
+    "Which weights a loss looks through."
+    if name in ('L1','L2'): return None
+    kind, net, _ = _parts(name)
+    return file_hash(backbone_file(net)) if kind=='LPIPS' else load_classifier(net).hash
