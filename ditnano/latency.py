@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'Timing', 'measure', 'cpu_clocks', 'gpu_clocks', 'device_card', 'extrapolate', 'batch_step', 'time_sampling',
            'Paired', 'paired', 'gemm_rate', 'copy_bandwidth', 'share_of_limit']
 
-# %% ../nbs/42_latency.ipynb #4b44fd9e
+# %% ../nbs/42_latency.ipynb #329c1eb5
 import contextlib, copy, math, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .repro import fingerprint, noise_and_labels, pick_device
-from .config import DiTConfig, GETConfig
+from .repro import fingerprint, pick_device
+from .config import DiTConfig
 from .principles import count_flops, count_params
 from .layers import set_attention
 from .edm import to_bytes
-from .sampling import prepare
+from .sampling import prepare, sample_inputs
 
 # %% ../nbs/42_latency.ipynb #3e9cca94
 @dataclass(frozen=True)
@@ -124,13 +124,14 @@ def gpu_clocks(
                 'celsius':nv.nvmlDeviceGetTemperature(h,nv.NVML_TEMPERATURE_GPU)}
     return {}
 
-# %% ../nbs/42_latency.ipynb #4e64a19f
+# %% ../nbs/42_latency.ipynb #65ac5637
 def device_card(
     device='cpu',          # Where the timed work ran
     precision:str='fp32',  # 'fp32', 'bf16' or 'fp16'
     guidance:float=None,   # Guidance scale; None or 1 is off
     attention:str='fused', # How attention was computed
     backend:str='eager',   # What ran the network
+    steps:int=1,           # Steps from noise to image
     **more,                # Anything else worth keeping, JSON-able
 )->dict: # JSON-able
     "What has to stand beside a latency."
@@ -139,7 +140,7 @@ def device_card(
     f = fingerprint(device)
     card = {k:f[k] for k in ('device','device_name','system','cores','threads')} | {'torch':torch.__version__}
     card |= {'precision':precision, 'tf32':cuda and torch.backends.cuda.matmul.allow_tf32, 'attention':attention, 'backend':backend}
-    card |= {'guidance':guidance, 'forwards_per_image':2 if guidance not in (None,1) else 1, 'cpu':cpu_clocks()}
+    card |= {'guidance':guidance, 'forwards_per_image':steps*(1 if guidance in (None,1) else 2), 'cpu':cpu_clocks()}
     if cuda: card |= {'cuda':torch.version.cuda, 'gpu':gpu_clocks(device)}
     return card | more
 
@@ -156,13 +157,7 @@ def extrapolate(
     return {whole:timing.p50*images/batch, **ms, **gpu, 'images_per_s':batch/timing.p50, 'images':images, 'batch':batch, 'batches':timing.n,
             'batches_in_all':math.ceil(images/batch), 'warmup':timing.warmup, 'settled':timing.settled, 'samples_ms':[1e3*s for s in timing.samples]}
 
-# %% ../nbs/42_latency.ipynb #cde25eb1
-def _get_step(model, guidance, backend, precision, device):
-    if guidance!=1: raise ValueError(f"guidance={guidance} with a GET, which has no null label; expected guidance=None")
-    if (backend,precision)!=('eager','fp32'): raise ValueError(f"backend {backend!r} at {precision!r} with a GET; expected 'eager' at 'fp32'")
-    net = model.to(device).eval()
-    return torch.no_grad()(lambda x, y: net(x, y if net.cfg.classes else None))
-
+# %% ../nbs/42_latency.ipynb #806c08aa
 def batch_step(
     model,                # DiT, folded DiT or GET
     batch:int=128,        # Images per call
@@ -172,13 +167,11 @@ def batch_step(
     attention:str='fused', # 'fused' or 'explicit'
     device='cpu',         # Where to run
 ): # A function without arguments that makes `batch` images, uint8 on the device
-    "One batch of one-step sampling, from noise that is already there."
+    "One batch of images, in all the steps that the model takes, from noise that is already there."
     device, guidance = pick_device(str(device)), 1 if guidance is None else guidance
-    net, cfg = set_attention(copy.deepcopy(model), attention), model.cfg
-    make = (_get_step if isinstance(cfg, GETConfig) else prepare)(net, guidance, backend, precision, device)
-    x, y = noise_and_labels(range(batch), (cfg.channels,cfg.image_size,cfg.image_size), cfg.classes or 1)
-    x, y = x.to(device), y.to(device)
-    return lambda: to_bytes(make(x, y))
+    make = prepare(set_attention(copy.deepcopy(model), attention), guidance, backend, precision, device)
+    noise = sample_inputs(range(batch), model.cfg, device)
+    return lambda: to_bytes(make(*noise))
 
 # %% ../nbs/42_latency.ipynb #52f4bb38
 def _ran(step, backend):
@@ -190,7 +183,7 @@ def _ran(step, backend):
     for w in eager: print(w.message)
     return 'eager' if eager else backend
 
-# %% ../nbs/42_latency.ipynb #3933b063
+# %% ../nbs/42_latency.ipynb #80615ba3
 def time_sampling(
     model,                # DiT, folded DiT or GET
     batch:int=128,        # Images per batch
@@ -210,7 +203,7 @@ def time_sampling(
     step = batch_step(model, batch, guidance, precision, backend, attention, device)
     backend = _ran(step, backend)
     out = extrapolate(measure(step, batches, device, max_warmup=max_warmup, max_seconds=max_seconds), batch, images)
-    card = device_card(device, precision, guidance, attention, backend, timed='forward, guidance, rounding on the device; noise and copy to the host excluded')
+    card = device_card(device, precision, guidance, attention, backend, getattr(model.cfg, 'steps', 1), timed='forward, guidance, rounding on the device; noise and copy to the host excluded')
     return out | {'guidance':guidance, 'precision':precision, 'backend':backend, 'attention':attention, 'card':card}
 
 # %% ../nbs/42_latency.ipynb #58aa3218
@@ -287,10 +280,10 @@ def copy_bandwidth(
     a, b = (torch.ones(size//4, device=device) for _ in range(2))
     return 2*size/measure(lambda: b.copy_(a), repeats, device).min
 
-# %% ../nbs/42_latency.ipynb #a60f91ba
+# %% ../nbs/42_latency.ipynb #67993fd2
 def share_of_limit(
     seconds:float,      # Measured seconds of one batch
-    cfg:DiTConfig,      # The design
+    cfg:DiTConfig,      # The design, its steps included
     batch:int,          # Images in the batch
     rate:float,         # FLOP/s, from `gemm_rate` at the precision that ran
     bandwidth:float,    # Bytes/s, from `copy_bandwidth`
@@ -298,9 +291,10 @@ def share_of_limit(
     bytes_per_number:int=4, # 4 at fp32, 2 at bf16 and fp16
 )->dict: # `limit_s`, `bound` ('arithmetic' or 'memory'), `share` of the limit reached, `flops_per_s`
     "How much of the machine's measured limit a design reaches."
-    flops = batch*(1 if guidance in (None,1) else 2)*count_flops(cfg)
+    steps = getattr(cfg, 'steps', 1)
+    flops = batch*steps*(1 if guidance in (None,1) else 2)*count_flops(cfg)
     pixels = batch*cfg.channels*cfg.image_size**2
-    traffic = bytes_per_number*(count_params(cfg)+pixels) + pixels
+    traffic = bytes_per_number*steps*(count_params(cfg)+pixels) + pixels
     arithmetic, memory = flops/rate, traffic/bandwidth
     limit = max(arithmetic, memory)
     return {'limit_s':limit, 'bound':'arithmetic' if arithmetic>=memory else 'memory', 'share':limit/seconds, 'flops_per_s':flops/seconds}
