@@ -43,7 +43,7 @@ def flow_alpha(
     "The image's share of the variance, 1/(1+sigma^2)."
     return 1/(1+flow_sigma(t, sigma_min, sigma_max, rho)**2)
 
-# %% ../nbs/21a_flow.ipynb #53e767d2
+# %% ../nbs/21a_flow.ipynb #0240b119
 def _shares(t, x, sigma_min, sigma_max, rho):
     "The square roots of alpha and of 1-alpha in x's dtype and on its device, one number or (N, 1, 1, 1)."
     t = torch.as_tensor(t)
@@ -51,7 +51,7 @@ def _shares(t, x, sigma_min, sigma_max, rho):
     sigma = flow_sigma(t, sigma_min, sigma_max, rho)
     image = (1+sigma**2).rsqrt()
     shape = (-1,)+(1,)*(x.ndim-1) if t.ndim else ()
-    return image.to(x.device, x.dtype).reshape(shape), (sigma*image).to(x.device, x.dtype).reshape(shape)
+    return tuple(v.to(x.dtype).to(x.device).reshape(shape) for v in (image, sigma*image))
 
 def flow_noise(
     x0:torch.Tensor,       # Images (N, C, R, R), unclipped
