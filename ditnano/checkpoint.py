@@ -295,7 +295,7 @@ def _archive(data):
         _fill(s, members[f'data/{k}'])
     return found
 
-# %% ../nbs/20a_checkpoint.ipynb #842af39c
+# %% ../nbs/20a_checkpoint.ipynb #f2270bca
 MAX_DEPTH = 16
 
 def _walk(module, path, seen):
@@ -305,6 +305,7 @@ def _walk(module, path, seen):
     if id(module) in seen or path.count('.')>MAX_DEPTH: raise ValueError(f"{_short(what)} appears twice or too deep; expected a tree of modules")
     seen.add(id(module))
     parts = {k:_want(state.get(k), dict, f'{k} of {what}') for k in ('_parameters','_buffers','_modules')}
+    if any(len(k)>200 for p in parts.values() for k in p): raise ValueError(f"{_short(what)} has a name of over 200 characters; expected shorter ones")
     for k,v in [*parts['_parameters'].items(), *parts['_buffers'].items()]:
         if v is not None: yield path+k, v
     for k,v in parts['_modules'].items():
