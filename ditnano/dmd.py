@@ -83,7 +83,7 @@ def denoised(
         onehot = F.one_hot(labels, net.cfg.label_dim).float() if net.cfg.label_dim else None
         return net(x.contiguous(memory_format=torch.channels_last), sigma, onehot)
 
-# %% ../nbs/31b_dmd.ipynb #4c826244
+# %% ../nbs/31b_dmd.ipynb #e0695bb1
 class DMDRecipe(GETRecipe):
     "Distribution matching with a regression on pairs (DMD, Algorithm 1; Table 1, last row)."
     name = 'dmd'
@@ -100,15 +100,15 @@ class DMDRecipe(GETRecipe):
         self.teacher = copy.deepcopy(load_teacher(teacher) if isinstance(teacher,(str,Path)) else teacher).eval().requires_grad_(False)
         self.identity |= {'teacher':teacher_hash(self.teacher), 'regression':regression, 'fake':[fake_lr,fake_warmup,clip]}
         self.partner = copy.deepcopy(self.teacher).requires_grad_(True)
-        self.regression, self.sigma, self.fake = regression, noise_levels(LEVELS), dict(lr=fake_lr, clip=clip)
-        self.fake_warmup = fake_warmup
+        self.regression, self.sigma, self.fake = regression, noise_levels(LEVELS), (fake_lr,fake_warmup,clip)
 
     def to(self, device):
         "Take the loss's network and the teacher along."
-        self.teacher.to(device)
-        return super().to(device)
+        return self.teacher.to(device) and super().to(device)
 
-    def partner_how(self, cfg): return replace(cfg, **self.fake, warmup=self.fake_warmup*cfg.batch, anneal=False)
+    def partner_how(self, cfg):
+        lr, warmup, clip = self.fake
+        return replace(cfg, lr=lr, warmup=warmup*cfg.batch, clip=clip, anneal=False)
 
     def loss(self, model, batch, step):
         "The pull of the two denoisers on fresh images, and the regression on pairs."
@@ -122,7 +122,6 @@ class DMDRecipe(GETRecipe):
 
     @torch.no_grad()
     def pull(self, x, labels, step):
-        "The gradient that the two denoisers give the student's images (N, C, R, R)."
         noisy, sigma = perturb(x, self.sigma, *INNER, step)
         return matching_gradient(x, *(denoised(net, noisy, sigma, labels) for net in (self.teacher, self.partner)))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'AT_REST', 'residual', 'settle', 'unroll', 'correction', 'ToldAttention', 'ExactMLP', 'ToldBlock',
-           'ToPatches', 'GET', 'check_inputs', 'initialise']
+           'ToPatches', 'GET', 'check_inputs', 'initialise', 'load_model']
 
 # %% ../nbs/13_get.ipynb #8501c556
 import torch
@@ -197,3 +197,10 @@ def initialise(
 
     if model.cfg.classes: nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02) # the condition starts small
     nn.init.zeros_(model.final_layer.linear.weight); nn.init.zeros_(model.final_layer.linear.bias) # and the output as zero
+
+# %% ../nbs/13_get.ipynb #57a360a0
+def load_model(
+    name, # A shipped name, or a folder made by save_pretrained
+)->nn.Module: # A DiT or a GET, in eval mode
+    "Read a student of either kind."
+    return GET.from_pretrained(name) if student_class(name)=='GET' else DiT.from_pretrained(name)
