@@ -15,7 +15,7 @@ from .config import DiTConfig, GETConfig
 from .dit import DiT, load_student, save_student, student_class
 from .layers import MLP, Attention, LabelEmbedder, PatchEmbed, attention, position_code, unpatchify
 
-# %% ../nbs/13_get.ipynb #67e59b3c
+# %% ../nbs/13_get.ipynb #95650660
 ROUNDS = 6       # Evaluations of the equilibrium layers, in training and in use
 AT_REST = 1e-3   # Residual at which a whole batch may stop early
 
@@ -27,6 +27,7 @@ def residual(
     wide = torch.promote_types(new.dtype, torch.float32)
     return torch.linalg.vector_norm((new-old).flatten(1), dim=1, dtype=wide)
 
+# %% ../nbs/13_get.ipynb #a6b1a9bc
 def settle(
     f,                  # The map; a state (N, T, D) to the next
     z,                  # Where to start (N, T, D)
