@@ -75,7 +75,7 @@ def _step_times(task, how, device, seconds):
         taken.append(time.perf_counter()-begin)
     return taken[2:]
 
-# %% ../nbs/32_distill.ipynb #ad0ee63c
+# %% ../nbs/32_distill.ipynb #99902dc3
 def _measure(asked):
     "In the process of one recipe: build it, step, look at clock and memory."
     device, student = pick_device(asked['device']), asked['student']
@@ -89,6 +89,7 @@ def _measure(asked):
     median = statistics.median(_step_times(task, how, device, asked['seconds']))
     return {'images_per_s':asked['batch']/median, 'peak_mb':_memory(device,'VmHWM')/1e6, 'before_mb':before/1e6, 'trainable':sum(p.numel() for p in task.model.parameters() if p.requires_grad)}
 
+# %% ../nbs/32_distill.ipynb #14770fd0
 def recipe_cost(
     recipe:str,            # Key of `RECIPES`
     student,               # DiTConfig or GETConfig

@@ -83,7 +83,7 @@ def denoised(
         onehot = F.one_hot(labels, net.cfg.label_dim).float() if net.cfg.label_dim else None
         return net(x.contiguous(memory_format=torch.channels_last), sigma, onehot)
 
-# %% ../nbs/31b_dmd.ipynb #e0695bb1
+# %% ../nbs/31b_dmd.ipynb #d14bc6e7
 class DMDRecipe(GETRecipe):
     "Distribution matching with a regression on pairs (DMD, Algorithm 1; Table 1, last row)."
     name = 'dmd'
@@ -97,18 +97,17 @@ class DMDRecipe(GETRecipe):
     ):
         super().__init__(student, pairs, loss, seed)
         if student.steps!=1: raise ValueError(f"DMD: a student of {student.steps} steps; expected 1")
-        self.teacher = copy.deepcopy(load_teacher(teacher) if isinstance(teacher,(str,Path)) else teacher).eval().requires_grad_(False)
-        self.identity |= {'teacher':teacher_hash(self.teacher), 'regression':regression, 'fake':[fake_lr,fake_warmup,clip]}
-        self.partner = copy.deepcopy(self.teacher).requires_grad_(True)
+        net = load_teacher(teacher) if isinstance(teacher,(str,Path)) else teacher
+        self.teacher, self.partner = copy.deepcopy(net).eval().requires_grad_(False), copy.deepcopy(net).eval().requires_grad_(True)
         self.regression, self.sigma, self.fake = regression, noise_levels(LEVELS), (fake_lr,fake_warmup,clip)
+        self.identity |= {'teacher':teacher_hash(self.teacher), 'regression':regression, 'fake':list(self.fake)}
 
     def to(self, device):
         "Take the loss's network and the teacher along."
-        return self.teacher.to(device) and super().to(device)
+        self.teacher.to(device)
+        return super().to(device)
 
-    def partner_how(self, cfg):
-        lr, warmup, clip = self.fake
-        return replace(cfg, lr=lr, warmup=warmup*cfg.batch, clip=clip, anneal=False)
+    def partner_how(self, cfg): return _fake_how(cfg, *self.fake)
 
     def loss(self, model, batch, step):
         "The pull of the two denoisers on fresh images, and the regression on pairs."
@@ -131,7 +130,9 @@ class DMDRecipe(GETRecipe):
         noisy, sigma = perturb(x, self.sigma, 0, LEVELS-1, step)
         return fake_loss(denoised(self.partner, noisy, sigma, labels), x, sigma, self.teacher.sigma_data)
 
-# %% ../nbs/31b_dmd.ipynb #6fbfb8ad
+# %% ../nbs/31b_dmd.ipynb #ee1f2f6a
+def _fake_how(cfg, lr, warmup, clip): return replace(cfg, lr=lr, warmup=warmup*cfg.batch, clip=clip, anneal=False)
+
 def fake_loss(
     answer:torch.Tensor, # The fake denoiser's (N, C, R, R)
     x:torch.Tensor,      # The student's images (N, C, R, R)

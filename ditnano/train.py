@@ -125,7 +125,7 @@ def save_state(
     meta = {'step':str(state.step), 'seconds':str(state.seconds), 'identity':json.dumps(identity, sort_keys=True)}
     with atomic(file) as tmp: save_file(_tensors(state), tmp, metadata=meta)
 
-# %% ../nbs/31_train.ipynb #da952df3
+# %% ../nbs/31_train.ipynb #b2a30ec7
 def _differs(old, new, path=''):
     "First place where two nested dictionaries differ, in words."
     for k in sorted(set(old)|set(new)):
@@ -137,6 +137,7 @@ def _restore(optimizer, found):
     for k,v in found.items(): moments.setdefault(int(k.split('.')[0]),{})[k.split('.')[1]] = v
     optimizer.load_state_dict({'state':moments, 'param_groups':optimizer.state_dict()['param_groups']})
 
+# %% ../nbs/31_train.ipynb #06d3353b
 def load_state(
     state:State, # Fresh run; overwritten
     file,        # Checkpoint
