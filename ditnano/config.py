@@ -212,11 +212,18 @@ class Scale(Config):
 # %% ../nbs/01_config.ipynb #76076ddf
 _EVERY = [list(d) for d in DESIGNS]
 SMOKE = Scale(experiments={
-    'losses':{'losses':['L1','L2','perceptual-digitslens@32']},
+    'losses':{'losses':['L1','L2','perceptual-digitslens@32'], 'setups':['dmd'], 'dmd':{'fake_lr':1e-3, 'fake_warmup':2}},
     'depth':{'depths':[1,2,4,6]},
     'width':{'widths':[32,64,128]},
     'heads':{'heads':[1,4,16]},
-    'sizes':{'designs':_EVERY},
+    'sizes':{'designs':_EVERY, 'double':[[7,192,12]]},
+    'ta':{'assistant':[4,192,12], 'settings':[[1,0,0],[0,1,0],[0,1,1],[1,1,1]]},
+    'mi1':{'mappings':[[6],[3,6],[2,4,6]]},
+    'get_baseline':{'models':[[6,256,4],[7,192,12]], 'students':[[7,192,12]], 'images':64},
+    'mlp_ratio':{'ratios':[1,2,4,8]},
+    'layer_heads':{'layouts':[[4]*6,[1,2,4,8,16,32],[32,16,8,4,2,1],[1,1,4,4,16,16]]},
+    'steps':{'steps':[1,2,4]},
+    'recipes':{'recipes':[], 'assistant':[4,192,12], 'seconds':2.0},
     'latency':{'designs':_EVERY, 'off_for':[[5,64,8],[7,128,8],[7,192,12]]},
 })
 

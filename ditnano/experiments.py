@@ -31,15 +31,15 @@ def as_student(
     if isinstance(design, dict): return (GETConfig if 'eq_depth' in design else DiTConfig).from_dict(design)
     return DiTConfig(*design)
 
-# %% ../nbs/50a_experiments.ipynb #31625c7c
+# %% ../nbs/50a_experiments.ipynb #22780cc6
 def content_of(
     scale:Scale, # How much of everything
 )->tuple: # Images and teacher, each a dict of name and sha256
     "What a scale is made of; what is absent raises one line."
-    from ditnano.edm import load_teacher
     from ditnano.images import load_images
-    data, teacher = load_images(scale.data), load_teacher(scale.teacher)
-    return {'name':data.name, 'sha256':data.hash}, {'name':scale.teacher, 'sha256':teacher.hash}
+    from ditnano.pairs import teacher_record
+    data = load_images(scale.data)
+    return {'name':data.name, 'sha256':data.hash}, teacher_record(scale.teacher)
 
 def _loss(name):
     from ditnano.losses import lens_hash
