@@ -74,7 +74,7 @@ def pairs(
     if get: return print(PairDataset(import_pairs(get, out, image_dtype=image_dtype, log=print)))
     print(PairDataset(make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device, log=print)))
 
-# %% ../nbs/54_cli.ipynb #6b3a018a
+# %% ../nbs/54_cli.ipynb #98b819e5
 def train(
     config:Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]=TrainConfig(images=100_000, batch=64, lr=1e-3), # How
     student:str='5,64,8',          # depth,width,heads; heads for each layer as 4-4-8-8-8
@@ -96,18 +96,19 @@ def train(
     if shipped:
         from ditnano.sweep import ship
         return print(ship(shipped, device))
-    from ditnano.distill import make_recipe
-    from ditnano.pairs import PairDataset, ensure_pairs
     from ditnano.train import Progress, fit
-    design = _design(student, recipe, mlp_ratio=mlp_ratio, steps=steps)
-    beside = beside or ('digits32' if recipe=='dmd' else None)
-    data = PairDataset(pairs) if pairs else PairDataset(ensure_pairs('digits32', 480), limit=480)
-    task = make_recipe(recipe, design, data, loss, config.seed, beside, **_json(options))
+    task = _task(recipe, _design(student, recipe, mlp_ratio=mlp_ratio, steps=steps), pairs, loss, config.seed, beside, _json(options))
     model = fit(task, config, out, device, callback=Progress('train')).ema_model()
     model.save_pretrained(Path(out)/'student', {'identity':task.identity, 'train':config.to_dict()})
     print(Path(out)/'student')
 
-# %% ../nbs/54_cli.ipynb #f2620c46
+# %% ../nbs/54_cli.ipynb #f93efec3
+def _task(recipe, design, pairs, loss, seed, beside, options):
+    from ditnano.distill import make_recipe
+    from ditnano.pairs import PairDataset, ensure_pairs
+    data = PairDataset(pairs) if pairs else PairDataset(ensure_pairs('digits32', 480), limit=480)
+    return make_recipe(recipe, design, data, loss, seed, beside or ('digits32' if recipe=='dmd' else None), **options)
+
 def _design(text, recipe, **more):
     d, w, h = text.split(',') if text.count(',')==2 else _numbers(text, 'student', 3)
     heads = _numbers(h.replace('-',','), 'heads')

@@ -2,7 +2,8 @@
 
 Nothing below looks inside the rooms. Where a table of values stands, it was worked out by hand or taken from the paper.
 """
-import importlib, json, math, os, subprocess, sys
+import importlib, json, math, os, pickle, subprocess, sys, types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -259,6 +260,86 @@ def test_teacher_on_disk(teacher, tmp_path):
     with torch.no_grad(): assert torch.equal(again(x, torch.tensor(2.), y), teacher(x, torch.tensor(2.), y))
 
 
+class Posix:
+    "What an attacker's pickle would do."
+    def __reduce__(self): return (os.system, ('touch canary',))
+
+
+def released(path, net, kwargs):
+    "A file in the released form: plain pickle, objects by a function of a module that no reader needs to have."
+    def persistent(obj, state, given):
+        parts = dict(_parameters={k:v for k,v in obj._parameters.items()}, _buffers=dict(obj._buffers), _modules=state, training=False, _init_args=(), _init_kwargs=given)
+        return Persistent(type='class', version=6, module_src='raise SystemExit("executed")', class_name=type(obj).__name__, state=parts)
+    def tree(m): return {k:persistent(c, tree(c), dict(kwargs) if k == 'model' else {}) for k,c in m._modules.items()}
+    module = types.ModuleType('torch_utils.persistence')
+    def _reconstruct_persistent_obj(meta): raise AssertionError('never called')
+    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = module.__name__, '_reconstruct_persistent_obj'
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    class Persistent:
+        def __init__(self, **meta): self.meta = meta
+        def __reduce__(self): return _reconstruct_persistent_obj, (self.meta,)
+    stand_in = {'torch_utils':types.ModuleType('torch_utils'), module.__name__:module}
+    with mock.patch.dict(sys.modules, stand_in): path.write_bytes(pickle.dumps({'ema':persistent(net, tree(net), dict(img_resolution=32))}, protocol=4))
+
+
+def test_a_released_teacher_is_read_and_nothing_in_it_runs(tmp_path, monkeypatch):
+    from ditnano.edm import read_checkpoint
+    from ditnano.config import UNetConfig
+    from ditnano.dit import randomise
+    from ditnano.edm import EDMPrecond
+    from ditnano.unet import SongUNet
+    monkeypatch.chdir(tmp_path)
+    net = randomise(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1))), seed=2)
+    released(tmp_path/'net.pkl', net, dict(model_channels=16))
+    state, info = read_checkpoint(tmp_path/'net.pkl')
+    assert list(state) == list(net.state_dict()) and all(torch.equal(v, net.state_dict()[k]) for k,v in state.items())
+    assert info['class_name'] == 'EDMPrecond' and info['init_kwargs']['img_resolution'] == 32
+    whole = (tmp_path/'net.pkl').read_bytes()
+    for n in (0, 1, 10, len(whole)//2, len(whole)-1):
+        (tmp_path/'cut.pkl').write_bytes(whole[:n])
+        with pytest.raises(ValueError, match='cut.pkl'): read_checkpoint(tmp_path/'cut.pkl')
+    for bad in ({'ema':Posix()}, {'ema':eval}, {'ema':{'weight':Posix()}}, [Posix()]):
+        (tmp_path/'bad.pkl').write_bytes(pickle.dumps(bad))
+        with pytest.raises(ValueError, match='bad.pkl') as said: read_checkpoint(tmp_path/'bad.pkl')
+        assert '\n' not in str(said.value) and not (tmp_path/'canary').exists()
+
+
+def test_the_papers_teacher_by_name():
+    from ditnano.edm import load_teacher
+    try: net = load_teacher('edm-cifar10-vp')
+    except FileNotFoundError as e:
+        assert '\n' not in str(e) and 'edm-cifar10-32x32-cond-vp.pkl' in str(e)
+        pytest.skip(f'the released teacher is not here: {e}')
+    assert sum(p.numel() for p in net.parameters()) == 55_735_299
+
+
+# get --------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_get_model(tmp_path):
+    from ditnano.config import GETConfig
+    from ditnano.dit import DiT, randomise
+    from ditnano.get import GET
+    assert sum(p.numel() for p in GET(GETConfig()).parameters()) == 8_565_772
+    assert sum(p.numel() for p in GET(GETConfig(depth=7, width=192, heads=12)).parameters()) == 5_284_044
+    net = randomise(GET(GETConfig(depth=1, width=32, heads=4, eq_depth=2, eq_mlp_ratio=2.0)), seed=4)
+    names = list(net.state_dict())
+    assert names[:4] == ['pos_embed', 'x_embedder.proj.weight', 'x_embedder.proj.bias', 'y_embedder.embedding_table.weight'] and 'qkv_inj.weight' in names
+    z, y = torch.randn(3, 3, 32, 32), torch.tensor([0, 4, 9])
+    torch.manual_seed(7)
+    six, start = net.train()(z, y), None
+    torch.manual_seed(7)
+    assert len(six) == 6 and all(x.shape == z.shape for x in six) and all(torch.equal(a, b) for a,b in zip(six, net(z, y)))
+    torch.manual_seed(7)
+    image = net.eval()(z, y)
+    assert image.shape == z.shape and image.std() > 0.1
+    assert all(any(torch.allclose(image[n], x[n], rtol=1e-4, atol=1e-4) for x in six) for n in range(3))  # one of the six states, sample by sample
+    net.save_pretrained(tmp_path/'get')
+    start = torch.randn(3, 256, 32)
+    torch.testing.assert_close(GET.from_pretrained(tmp_path/'get')(z, y, z0=start), net(z, y, z0=start))
+    with pytest.raises(ValueError, match="'GET'"): DiT.from_pretrained(tmp_path/'get')
+
+
 # images and pairs -------------------------------------------------------------------------------------------------
 
 def test_digits():
@@ -292,6 +373,21 @@ def test_pairs(teacher, tmp_path):
     torch.testing.assert_close(x, alone.float(), rtol=1e-4, atol=1e-4)
     zs, xs, ys = data.batch([5, 0, 4])
     assert torch.equal(xs[2], x) and torch.equal(zs[2], z) and ys.dtype == torch.int64 and ys[2] == y
+
+
+def test_pairs_as_get_publishes_them(tmp_path):
+    from ditnano.pairs import PairDataset, import_pairs
+    g = torch.Generator().manual_seed(0)
+    z, x, y = torch.randn(40, 3, 32, 32, generator=g), torch.rand(40, 3, 32, 32, generator=g)*2.2-1.1, torch.randint(10, (40,), generator=g)
+    for folder in ('latent', 'image'): (tmp_path/'get'/folder).mkdir(parents=True)
+    for name,part in (('000000019', slice(0, 20)), ('000000039', slice(20, 40))):
+        torch.save([z[part].clone(), torch.eye(10)[y[part]]], tmp_path/'get'/'latent'/f'{name}.pkl')
+        torch.save(x[part].clone(), tmp_path/'get'/'image'/f'{name}.pkl')
+    data = PairDataset(import_pairs(tmp_path/'get', tmp_path/'pairs', shard=16))
+    noise, images, labels = data.batch(range(40))
+    assert torch.equal(noise, z) and torch.equal(images, x) and torch.equal(labels, y)
+    torch.save(x[:20].clone(), tmp_path/'get'/'image'/'000000099.pkl')
+    with pytest.raises(ValueError, match='000000099'): import_pairs(tmp_path/'get', tmp_path/'other')
 
 
 # losses -----------------------------------------------------------------------------------------------------------
@@ -353,6 +449,30 @@ def test_two_and_two_steps_are_four(tmp_path):
     with pytest.raises(ValueError): fit(Copying(), TrainConfig(images=4*8, batch=8, lr=2e-3, seed=5), tmp_path/'parts', device='cpu')
 
 
+@pytest.mark.parametrize('recipe', ['get', 'dmd', 'ta', 'mi1'])
+def test_every_recipe_teaches_a_plain_student(recipe, teacher, tmp_path):
+    "Every weight learns, whoever stands beside stays as it was, and what is saved is a DiT."
+    from ditnano.config import DiTConfig, TrainConfig
+    from ditnano.distill import make_recipe
+    from ditnano.dit import DiT, randomise
+    from ditnano.pairs import PairDataset, make_pairs
+    from ditnano.train import fit
+    cfg = DiTConfig(2, 32)
+    pairs = PairDataset(make_pairs(teacher, range(8), tmp_path/'pairs', steps=3, name='stranger', device='cpu'))
+    beside = {'dmd':teacher.requires_grad_(False), 'ta':randomise(DiT(DiTConfig(3, 64)), seed=1)}.get(recipe)
+    before = {k:v.clone() for k,v in beside.state_dict().items()} if beside else {}
+    options = {'ta':{'weights':(1,1,1)}, 'mi1':{'layers':(1,2)}}.get(recipe, {})
+    task = make_recipe(recipe, cfg, pairs, 'L2', 0, beside, **options)
+    first = {k:v.clone() for k,v in task.model.state_dict().items()}
+    state = fit(task, TrainConfig(images=6*8, batch=8, lr=1e-3), tmp_path/'run', device='cpu')
+    same = [k for k,v in state.model.state_dict().items() if torch.equal(v, first[k])]
+    assert same == ['pos_embed']
+    assert all(torch.equal(v, before[k]) for k,v in beside.state_dict().items()) if beside else True
+    state.ema_model().save_pretrained(tmp_path/'student')
+    again = DiT.from_pretrained(tmp_path/'student')
+    assert list(again.state_dict()) == list(DiT(cfg).state_dict()) and again.cfg == cfg
+
+
 def test_run_folder(tmp_path):
     from ditnano.runs import collect, run_once
     calls = []
@@ -383,6 +503,24 @@ def test_sample(small):
     assert (images.int()-(raw*127.5+128).clip(0, 255).to(torch.uint8).int()).abs().max() <= 1
     chosen = sample(small, range(6), labels=[3]*6)
     assert not torch.equal(chosen, images)
+
+
+@torch.no_grad()
+def test_students_of_several_steps():
+    "Against a loop written down from the formulas; and one picture does not depend on its neighbours."
+    from ditnano.config import DiTConfig
+    from ditnano.dit import DiT, randomise
+    from ditnano.repro import noise_and_labels
+    from ditnano.sampling import fold, generate, sample
+    net = randomise(DiT(DiTConfig(2, 32, steps=2)), seed=3).eval()
+    z, y = noise_and_labels(range(4))
+    alpha = lambda t: 1/(1+((0.02**(1/7)+t*(80**(1/7)-0.02**(1/7)))**7)**2)
+    first = net(z, torch.zeros(4), y)
+    noise = (z-alpha(1)**0.5*first)/(1-alpha(1))**0.5
+    between = alpha(.5)**0.5*first+(1-alpha(.5))**0.5*noise
+    torch.testing.assert_close(generate(net, range(4), guidance=1), net(between, torch.full((4,), 500.), y), rtol=1e-3, atol=1e-3)
+    assert (sample(net, range(4))[3:].int()-sample(net, [3]).int()).abs().max() <= 1
+    with pytest.raises(ValueError, match='step'): fold(net)
 
 
 @torch.no_grad()
