@@ -53,8 +53,8 @@ def _options(recipe, given):
     if unknown := sorted(set(given)-set(known)): raise ValueError(f"recipe {recipe!r}: option {unknown[0]!r}; expected {', '.join(known) or 'none'}")
     return {k:list(v) if isinstance(v,tuple) else v for k,v in (known|given).items()}
 
-# %% ../nbs/50a_experiments.ipynb #5903942a
-CLIPPED = {'dmd':10.0}  # Largest gradient norm of the student, where a recipe asks for one (DMD, Section 4.1)
+# %% ../nbs/50a_experiments.ipynb #c9e98719
+CLIPPED = {'dmd':10.0}  # Largest gradient norm of the student, where a recipe asks for one (DMD, Appendix B.1)
 
 def distill_config(
     scale:Scale,         # How much of everything
@@ -83,11 +83,11 @@ def assistant_config(
     if not (design := config['options'].get('assistant')): raise ValueError("recipe 'ta': no assistant; expected a design, as in [12, 384, 12]")
     return config | {'recipe':'get', 'options':{}, 'student':as_student(design).to_dict()}
 
-# %% ../nbs/50a_experiments.ipynb #7006888b
+# %% ../nbs/50a_experiments.ipynb #0e424fb8
 BASE = (6,128,4)
 GRIDS = {'depth':[1,2,4,6,8,10], 'width':[32,64,96,128,192,256], 'heads':[1,2,4,8,16,32,64,128]}
 
-def _losses(scale, losses=None, setups=('dmd',), dmd={}):
+def _losses(scale, losses=None, setups=('dmd',), dmd=None):
     plain = [dict(design=BASE, loss=l, guidance=1.0) for l in losses or ['L1','L2',scale.loss]]
     return plain+[dict(design=BASE, recipe=r, guidance=1.0, options={'dmd':dmd}.get(r)) for r in setups]
 

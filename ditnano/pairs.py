@@ -6,8 +6,8 @@
 __all__ = ['DTYPES', 'CHECKS', 'FEW', 'teacher_hash', 'pairs_recipe', 'sample_pairs', 'read_manifest', 'make_pairs',
            'map_safetensors', 'PairDataset', 'import_pairs', 'imported', 'teacher_record', 'ensure_pairs']
 
-# %% ../nbs/23_pairs.ipynb #f71c0fe3
-import contextlib, copy, hashlib, json, mmap, re, time, warnings, zipfile
+# %% ../nbs/23_pairs.ipynb #daec6063
+import contextlib, copy, hashlib, json, mmap, time
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from . import edm
+from .published import Published
 from .repro import atomic, cache_dir, content_hash, data_dir, file_hash, noise_and_labels, pick_device, weights_dir, write_json
 
 # %% ../nbs/23_pairs.ipynb #1de8d5b1
@@ -351,122 +352,12 @@ class PairDataset(torch.utils.data.Dataset):
             if 'z' not in a: z[at] = self._noise(idx[at], y[at], self._shards.paths[k])
         return torch.from_numpy(z), torch.from_numpy(x), torch.from_numpy(y)
 
-# %% ../nbs/23_pairs.ipynb #42fb9692
-def _unpickle(path):
-    "What a file of torch.save holds, mapped where its form allows; it can build nothing but tensors and containers."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:
-        named = re.search(r'GLOBAL:? ([\w.]+)', str(e))
-        why = f"names {named[1]}" if named else "damaged, cut short, or of another kind"
-        raise ValueError(f"{_short(path)}: {why}; expected tensors written by torch.save and nothing else") from None
+# %% ../nbs/23_pairs.ipynb #8903d356
+def _import_recipe(name, content, source, image_dtype):
+    return {'format':1, 'teacher':{'name':name, 'sha256':content}, 'image_dtype':image_dtype,
+            'source':{'kind':'latent/*.pkl and image/*.pkl of GET', 'files':len(source.chunks), 'pairs':len(source)}, 'sampler':{'kind':'as published'},
+            'noise':'stored as published, not from our seeds; seeds are positions, in the order of names and rows', 'shape':source.shape, 'classes':source.classes}
 
-def _short(path): return f'{path.parent.name}/{path.name}'
-
-# %% ../nbs/23_pairs.ipynb #a69102ee
-def _check_tensor(where, t, dims, dtypes):
-    if not isinstance(t, torch.Tensor): raise ValueError(f"{where} is a {type(t).__name__}; expected a tensor")
-    if t.ndim!=dims or t.dtype not in dtypes: raise ValueError(f"{where} is {tuple(t.shape)} {t.dtype}; expected {dims} dimensions of {' or '.join(map(str,dtypes))}")
-    real = t.layout==torch.strided and t.device.type=='cpu' and t.numel()*t.element_size()<=t.untyped_storage().nbytes()
-    if not real or not t.numel(): raise ValueError(f"{where} says {tuple(t.shape)} and does not hold as much; expected one number for each place")
-
-def _read_chunk(folder, name):
-    "Noise (n,C,R,R), images (n,C,R,R), one-hot labels (n,K) or None, of one published chunk."
-    latent, image = folder/'latent'/name, folder/'image'/name
-    z, x = _unpickle(latent), _unpickle(image)
-    if isinstance(x, (list,tuple)) and isinstance(z, torch.Tensor): raise ValueError(f"{_short(image)} holds labels and {_short(latent)} none; the two folders seem to be exchanged")
-    if not isinstance(z, (list,tuple)): z = [z, None]
-    if len(z)!=2: raise ValueError(f"{_short(latent)} holds {len(z)} things; expected noise and labels")
-    z, y = z
-    _check_tensor(f'{_short(latent)}: noise', z, 4, [torch.float32])
-    _check_tensor(f'{_short(image)}: images', x, 4, [torch.float32, torch.float64])
-    if y is not None: _check_tensor(f'{_short(latent)}: labels', y, 2, [torch.float32])
-    if x.shape!=z.shape or (y is not None and len(y)!=len(z)):
-        raise ValueError(f"{name}: noise {tuple(z.shape)}, images {tuple(x.shape)}{'' if y is None else f', labels {tuple(y.shape)}'}; expected one of each for every pair")
-    return z, x, y
-
-# %% ../nbs/23_pairs.ipynb #01f60774
-def _check_numbers(where, z, x):
-    "Finite; noise that is unit normal; images about [-1, 1]."
-    for what,t in (('noise',z), ('an image',x)):
-        bad = (~t.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        if bad: raise ValueError(f"{where}: {what} is not finite in row {bad[0]} of those looked at; expected numbers")
-    mean, sd, tolerance = z.mean().item(), z.std().item(), 0.02+5/z.numel()**0.5
-    if abs(mean)>tolerance or abs(sd-1)>tolerance: raise ValueError(f"{where}: noise has mean {mean:.2f} and deviation {sd:.2f}; expected 0 and 1 (are latent and image exchanged?)")
-    beyond = (x.abs()>1.5).sum().item()/x.numel()
-    if beyond>0.05: raise ValueError(f"{where}: {beyond:.0%} of the images' values lie beyond 1.5; expected about [-1, 1]")
-
-def _check_onehot(where, y):
-    bad = (~((y==0)|(y==1)).all(1) | (y.sum(1)!=1)).nonzero().flatten().tolist()
-    if bad: raise ValueError(f"{where}: label row {bad[0]} is {y[bad[0]].tolist()[:12]}; expected a single 1 among zeros")
-
-# %% ../nbs/23_pairs.ipynb #9a1a5268
-def _chunk_names(folder):
-    sides = {}
-    for side in ('latent','image'):
-        if not (folder/side).is_dir(): raise FileNotFoundError(f"{folder}: no folder {side!r}; expected GET's latent/*.pkl and image/*.pkl")
-        sides[side] = {p.name for p in (folder/side).glob('*.pkl') if not p.name.startswith('.')}
-    latent, image = sides.values()
-    for name in sorted(latent^image): raise ValueError(f"{name} is in {'latent' if name in latent else 'image'} alone; expected the same names on both sides")
-    odd = [n for n in sorted(latent) if not re.fullmatch('[0-9]+', n[:-4])]
-    if odd or not latent: raise ValueError(f"{folder}: {odd[0] if odd else 'no .pkl files'}; expected files named by a number, as 000012499.pkl")
-    return sorted(latent, key=lambda n:int(n[:-4]))
-
-def _survey(folder, few=64):
-    "(name, pairs) of each chunk in order, the shape of one image, and the number of classes; 0 without labels."
-    chunks, kinds = [], {}
-    for name in _chunk_names(folder):
-        z, x, y = _read_chunk(folder, name)
-        if y is not None: _check_onehot(f'latent/{name}', y)
-        _check_numbers(name, z[:few], x[:few])
-        kinds.setdefault((tuple(z.shape[1:]), 0 if y is None else y.shape[1], x.dtype), name)
-        if len(kinds)>1: raise ValueError(f"{name} differs from {chunks[0][0]}: {', and '.join(f'{s}, {k} classes, {d}' for s,k,d in kinds)}; expected files of one kind")
-        chunks.append((name, len(z)))
-    shape, classes, _ = next(iter(kinds))
-    if shape[1]!=shape[2]: raise ValueError(f"{chunks[0][0]}: images of {shape}; expected squares")
-    return chunks, list(shape), classes
-
-# %% ../nbs/23_pairs.ipynb #0b80d2de
-def _content_of(folder, chunks, log):
-    "SHA-256 over names and contents of all files, in their order."
-    h = hashlib.sha256()
-    for i,(name,n) in enumerate(chunks, 1):
-        for path in (folder/'latent'/name, folder/'image'/name):
-            with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as z:
-                if z and (bad := z.testzip()): raise ValueError(f"{_short(path)}: {bad} fails its checksum; expected an undamaged file")
-            h.update(f"{_short(path)} {file_hash(path)}\n".encode())
-        if log: log(f"looked through {i} of {len(chunks)}: {name}, {n} pairs")
-    return h.hexdigest()
-
-def _import_recipe(name, content, chunks, shape, classes, image_dtype):
-    return {'format':1, 'teacher':{'name':name, 'sha256':content}, 'image_dtype':image_dtype, 'source':{'kind':'latent/*.pkl and image/*.pkl of GET', 'files':len(chunks), 'pairs':sum(n for _,n in chunks)},
-            'sampler':{'kind':'as published'}, 'noise':'stored as published, not from our seeds; seeds are positions, in the order of names and rows', 'shape':shape, 'classes':classes}
-
-# %% ../nbs/23_pairs.ipynb #bbbdf7f4
-class _Chunks:
-    "The pairs of a published folder by position, one chunk open at a time."
-    def __init__(self, folder, chunks, recipe):
-        self.folder, self.names, self.recipe, self.now = folder, [n for n,_ in chunks], recipe, (None,None)
-        self.starts = np.cumsum([0]+[n for _,n in chunks]).tolist()
-
-    def open(self, k):
-        if self.now[0]!=k:
-            self.now = None, None   # let go of the last one first
-            self.now = k, _read_chunk(self.folder, self.names[k])
-        return self.now[1]
-
-    def rows(self, k, a, b):
-        z, x, y = (t if t is None else t[a:b] for t in self.open(k))
-        _check_numbers(f'{self.names[k]}, rows {a}-{b-1}', z, x)
-        return z.clone(), x.to(torch.float32, copy=True), torch.zeros(b-a, dtype=torch.int64) if y is None else y.argmax(1)
-
-    def shard(self, lo, hi):
-        cuts = [(k, max(lo,a)-a, min(hi,b)-a) for k,(a,b) in enumerate(zip(self.starts, self.starts[1:])) if a<hi and b>lo]
-        return _stored([self.rows(*c) for c in cuts], self.recipe, lo, hi)
-
-# %% ../nbs/23_pairs.ipynb #c0cb180a
 def import_pairs(
     folder,         # Holds `latent/*.pkl` and `image/*.pkl`
     out,            # Folder for `PairDataset`; one that is there is continued
@@ -478,12 +369,11 @@ def import_pairs(
     "Bring GET's published pairs into our form; run again to continue (Appendix C of the paper)."
     if shard<1: raise ValueError(f"shard={shard}: expected 1 or more")
     if image_dtype not in DTYPES: raise ValueError(f"image_dtype {image_dtype!r}: expected 'fp32' or 'fp16'")
-    folder, out, layout = Path(folder), Path(out), {'shard':shard, 'noise':True}
-    chunks, shape, classes = _survey(folder)
-    recipe = _import_recipe(teacher, _content_of(folder, chunks, log), chunks, shape, classes, image_dtype)
-    n = recipe['source']['pairs']
+    source, out, layout = Published(folder), Path(out), {'shard':shard, 'noise':True}
+    recipe, n = _import_recipe(teacher, source.content(log), source, image_dtype), len(source)
     _open_manifest(out, recipe, layout, 0, n)
-    with _alone(out): return _fill(out, recipe, layout, 0, n, lambda: _Chunks(folder, chunks, recipe).shard, log)
+    make = lambda lo, hi: _stored(source.parts(lo, hi), recipe, lo, hi)
+    with _alone(out): return _fill(out, recipe, layout, 0, n, lambda: make, log)
 
 # %% ../nbs/23_pairs.ipynb #0a6655d8
 def _covers(folder, recipe, count):

@@ -74,9 +74,9 @@ def start(
     t = t.to(z.device)
     return torch.where((t==1)[:,None,None,None], z, flow_point(x, flow_noise(x, z), t).to(z.dtype)), told_time(t)
 
-# %% ../nbs/31a_recipe.ipynb #7abf4bd1
+# %% ../nbs/31a_recipe.ipynb #bf8a98df
 class GETModelRecipe(GETRecipe):
-    "Train a Generative Equilibrium Transformer on pairs: six supervised unrolled steps (GET, Section 4)."
+    "Train a Generative Equilibrium Transformer on pairs: six supervised unrolled steps (Table 5; GET)."
     name, build, takes = 'get-model', GET, GETConfig
 
     def loss(self, model, batch, step):
