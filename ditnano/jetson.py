@@ -40,7 +40,7 @@ class _Tree:
         "Paths below the root, without it."
         return [os.path.relpath(p, self.root) for p in sorted(glob.glob(os.path.join(glob.escape(self.root), pattern)))]
 
-# %% ../nbs/43_jetson.ipynb #a0676851
+# %% ../nbs/43_jetson.ipynb #258bfbe1
 JETPACK = {'35.2.1':'5.1', '35.3.1':'5.1.1', '35.4.1':'5.1.2', '35.5.0':'5.1.3', '35.6.0':'5.1.4', '35.6.1':'5.1.5', '35.6.2':'5.1.5', '35.6.3':'5.1.5', '35.6.4':'5.1.6',
            '36.2.0':'6.0DP', '36.3.0':'6.0', '36.4.0':'6.1', '36.4.3':'6.2', '36.4.4':'6.2.1', '36.4.7':'6.2.1', '36.5.0':'6.2.2', '38.2.0':'7.0', '38.2.1':'7.0', '38.2.2':'7.0',
            '38.4.0':'7.1', '39.0.0':'7.2EA', '39.2.0':'7.2', '39.2.1':'7.2.1', '39.2.2':'7.2.2'}
@@ -59,7 +59,7 @@ def _release(tree):
 def _identity(tree):
     "Model, module and release; nothing if this is no Jetson."
     model, names = tree.text('proc/device-tree/model'), (tree.text('proc/device-tree/compatible') or '').split('\0')
-    if not (any('tegra' in n for n in names) or re.search('jetson|orin nano', model or '', re.I) or tree.text('etc/nv_tegra_release') or _gpu(tree)): return {}
+    if not (any('tegra' in n for n in names) or re.search('jetson|orin nano', model or '', re.I) or tree.text('etc/nv_tegra_release') or '17000000.' in (_gpu(tree) or '')): return {}
     m = re.search(r'p3767-(\d{4})', ' '.join(names)) or re.search(r'TNSPEC\s+\d*-?3767-\w*-(\d{4})', tree.text('etc/nv_boot_control.conf') or '')
     l4t = _release(tree)
     jetpack = JETPACK.get(l4t) or _MAJOR.get((l4t or '').split('.')[0])
@@ -238,7 +238,7 @@ class State:
 
     def to_dict(self)->dict: return {k:list(v) if isinstance(v,tuple) else v for k,v in asdict(self).items()}
 
-# %% ../nbs/43_jetson.ipynb #29069794
+# %% ../nbs/43_jetson.ipynb #30440941
 def _warnings(s):
     "Sentences about a state given as a dict."
     out, mode, top, vdd = [], s['mode'] or 'unknown mode', s['gpu_max_mhz'], s['rails'].get('VDD_IN')
@@ -255,6 +255,7 @@ def _warnings(s):
     out += [f'throttled now by {k}' for k,v in s['cooling'].items() if v]
     return tuple(out)
 
+# %% ../nbs/43_jetson.ipynb #b201d1e7
 def read_state(
     root='/',  # Where /proc, /sys and /etc are; another folder in tests
     run=None,  # Called with ['nvpmodel','-q'] if files do not tell the mode, returns text; by default a subprocess when root is '/'
@@ -306,7 +307,7 @@ def parse_trtexec(
     out['warnings'] = tuple(re.findall(r'\[W\] (.*\S)', text))
     return out
 
-# %% ../nbs/43_jetson.ipynb #c28e3389
+# %% ../nbs/43_jetson.ipynb #ee065aef
 def integrate(
     times,       # Seconds, rising
     values,      # One per time
@@ -322,6 +323,7 @@ def integrate(
     points = [(start,at(start)), *((t,v) for t,v in zip(times,values) if start<t<end), (end,at(end))]
     return sum((v+w)/2*(u-t) for (t,v),(u,w) in zip(points, points[1:]))
 
+# %% ../nbs/43_jetson.ipynb #e5bcd967
 def longest_below(
     times,       # Seconds, rising
     values,      # One per time; None is passed over
@@ -377,7 +379,7 @@ class Trace:
 
     def refusal(self, images=None): return _refusal(self, images)
 
-# %% ../nbs/43_jetson.ipynb #ba827427
+# %% ../nbs/43_jetson.ipynb #bb000492
 def _refusal(trace, images=None):
     "Why a trace gives no energy; empty if it does."
     (start,end), (times,_) = trace.window, trace.power
@@ -387,9 +389,10 @@ def _refusal(trace, images=None):
     silent = max(b-a for a,b in zip(points, points[1:]))
     if silent>trace.gap: return f"telemetry ({trace.source}) was silent for {silent:.1f} s"
     counted = trace.counted(images)
-    return '' if counted and counted[2]>0 else 'no images counted: call tick(n) after each batch, or say how many'
+    if not (counted and counted[2]>0): return 'no images counted: call tick(n) after each batch, or say how many'
+    return '' if counted[1]-counted[0]>=trace.least else f"{counted[1]-counted[0]:.1f} s between the first and the last batch that count; energy needs {trace.least:g} s or more"
 
-# %% ../nbs/43_jetson.ipynb #c6846024
+# %% ../nbs/43_jetson.ipynb #7af40568
 _JTOP = '''import json, sys
 from jtop import jtop
 with jtop(interval=float(sys.argv[1])) as j:
@@ -419,18 +422,18 @@ class _Stream:
 
     def _follow(self):
         for line in self.process.stdout:
-            try: got = self.parse(line)
-            except ValueError: continue
+            try: got = dict(self.parse(line))
+            except (ValueError,TypeError,AttributeError,KeyError): continue
             if not self.first.is_set(): self.reason = '' if got.get('mw') is not None else 'shows no VDD_IN: needs root on this release'
             if got.get('mw') is not None: self.add(**got)
             self.first.set()
         self.first.set()
 
     def stop(self):
-        self.process.terminate()
-        try: self.process.wait(2)
-        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
-        self.thread.join(2)
+        for end in (self.process.terminate, self.process.kill):
+            try: end(); self.process.wait(1); break
+            except (OSError,subprocess.TimeoutExpired): continue # one behind sudo is not ours to end; it ends when nobody reads it
+        self.thread.join(1)
 
 # %% ../nbs/43_jetson.ipynb #72005ded
 class Sampler(Trace):
@@ -497,7 +500,7 @@ def _open(watch, source):
     watch.stream = _Stream(argv, parse, lambda **got: _add(watch, **got))
     return watch.stream.start(watch.patience)
 
-# %% ../nbs/43_jetson.ipynb #363cbf3b
+# %% ../nbs/43_jetson.ipynb #94c03485
 def _connect(watch):
     "Find a source of power, start sampling, and measure the idle power if asked."
     reasons = []
@@ -514,6 +517,7 @@ def _connect(watch):
     if watch.idle and idle: watch.idle_mw = statistics.fmean(idle)
     watch.begin()
 
+# %% ../nbs/43_jetson.ipynb #e169784f
 def _disconnect(watch):
     "End the thread or the program."
     watch.done.set()
@@ -528,7 +532,7 @@ def watch(
     "Watch a run: `with watch() as w: ...`, then `w.energy_mj(images)`."
     return Sampler(root, every, **options)
 
-# %% ../nbs/43_jetson.ipynb #56da429f
+# %% ../nbs/43_jetson.ipynb #3546fae5
 def throttling(
     watch:Sampler, # After its block
 )->tuple: # Sentences; empty if none was seen
@@ -541,7 +545,7 @@ def throttling(
     run = [s for s in list(watch.samples) if watch.started<=s.t<=watch.window[1]]
     below = longest_below([s.t for s in run], [s.mhz for s in run], .98*before.gpu_max_mhz) if before.gpu_locked else 0
     if below>=3: out.append(f'GPU clock below its lock of {before.gpu_max_mhz:g} MHz for {below:.1f} s')
-    if before.gpu_locked and after.gpu_locked is False: out.append('the lock on the GPU clock was lost during the run')
+    out += [f'the lock on the {k.upper()} clock was lost during the run' for k in ('gpu','cpu') if getattr(before,k+'_locked') and getattr(after,k+'_locked') is False]
     return tuple(out)
 
 def clock_histogram(
@@ -551,7 +555,7 @@ def clock_histogram(
     seen = Counter(round(s.mhz) for s in trace.inside if s.mhz is not None)
     return {str(k):n/sum(seen.values()) for k,n in sorted(seen.items())}
 
-# %% ../nbs/43_jetson.ipynb #a11290b9
+# %% ../nbs/43_jetson.ipynb #ff0035f8
 def card(
     state:State=None,    # From `read_state`; by default as it was before the run
     watch:Sampler=None,  # A run, after its block; None if it was not watched
@@ -575,7 +579,7 @@ def card_line(
     t, top = card['telemetry'], card['gpu_max_mhz']
     lock = {True:'locked', False:'not locked', None:'lock unknown'}[card['gpu_locked']]
     heat = ', tj {:.0f} to {:.0f} C'.format(*t['tj']) if t.get('tj') else ''
-    watts = f", {t['mean_mw']/1000:.2f} W by {t['source']}" if t.get('mean_mw') else f", no power reading ({t['why'] or 'run too short'})"
+    watts = f", {t['mean_mw']/1000:.2f} W by {t['source']}" if t.get('mean_mw') else ', no power reading' if not t['source'] else f", power by {t['source']}, run too short"
     notes = ''.join(f'\n  ! {w}' for w in card['warnings'])
     return f"{card['model'] or 'unknown board'}, L4T {card['l4t'] or 'unknown'}, {card['mode'] or 'mode unknown'}, GPU {'unknown' if top is None else f'{top:g}'} MHz {lock}{heat}{watts}{notes}"
 
@@ -611,7 +615,7 @@ class Report:
         return f"p50 {self.ms():.3g} ms, p90 {self.ms(90):.3g}, p99 {self.ms(99):.3g} per batch of {self.images} (n={len(self.seconds)}); {energy}\n  {card_line(self.card)}"
     __repr__ = __str__
 
-# %% ../nbs/43_jetson.ipynb #1536e08c
+# %% ../nbs/43_jetson.ipynb #317f4447
 def timed(
     fn,                 # Called without arguments; makes one batch and returns when it is done
     images:int=1,       # Images in a batch
@@ -631,10 +635,11 @@ def timed(
         return clock()-start
     watch, taken = watch or Sampler(root), []
     with watch:
-        spent = [once() for _ in range(3)]
-        while sum(spent)<warm: spent.append(once())
+        start, calls = clock(), 0
+        while calls<3 or clock()-start<warm: once(); calls += 1
         watch.begin()
-        while not taken or sum(taken)<seconds: taken.append(once()); watch.tick(images)
+        start = clock()
+        while not taken or clock()-start<seconds+taken[-1]: taken.append(once()); watch.tick(images)
     return Report(tuple(taken), images, card(None, watch), watch.energy_mj(), watch.energy_mj(above_idle=True), watch.refusal())
 
 # %% ../nbs/43_jetson.ipynb #183c6d57
