@@ -31,7 +31,7 @@ def as_student(
     if isinstance(design, dict): return (GETConfig if 'eq_depth' in design else DiTConfig).from_dict(design)
     return DiTConfig(*design)
 
-# %% ../nbs/50a_experiments.ipynb #22780cc6
+# %% ../nbs/50a_experiments.ipynb #a5da6a06
 def content_of(
     scale:Scale, # How much of everything
 )->tuple: # Images and teacher, each a dict of name and sha256
@@ -49,11 +49,13 @@ def _loss(name):
 def _options(recipe, given):
     "All options of a recipe, so that a default that changes changes the run's name."
     from ditnano.distill import recipe_defaults
-    known = recipe_defaults(recipe) | ({'assistant':None} if recipe=='ta' else {})
+    from ditnano.pairs import teacher_record
+    known = recipe_defaults(recipe) | {'ta':{'assistant':None}, 'dmd':{'teacher':None}}.get(recipe, {})
     if unknown := sorted(set(given)-set(known)): raise ValueError(f"recipe {recipe!r}: option {unknown[0]!r}; expected {', '.join(known) or 'none'}")
-    return {k:list(v) if isinstance(v,tuple) else v for k,v in (known|given).items()}
+    full = {k:list(v) if isinstance(v,tuple) else v for k,v in (known|given).items()}
+    return full|({'teacher':teacher_record(given['teacher'])} if given.get('teacher') else {})
 
-# %% ../nbs/50a_experiments.ipynb #c9e98719
+# %% ../nbs/50a_experiments.ipynb #86c8e31d
 CLIPPED = {'dmd':10.0}  # Largest gradient norm of the student, where a recipe asks for one (DMD, Appendix B.1)
 
 def distill_config(
@@ -61,7 +63,7 @@ def distill_config(
     design,              # (depth, width, heads), a DiTConfig, or a GETConfig
     seed:int=0,          # Training seed
     recipe:str='get',    # Key of `distill.RECIPES`
-    options:dict=None,   # Of the recipe; for 'ta' also `assistant`, a design
+    options:dict=None,   # Of the recipe; also `assistant`, a design, for 'ta', and `teacher` for 'dmd', where the pairs came without one
     loss:str=None,       # Default: the scale's
     guidance:float=None, # Default: the scale's; 1 for a GET model, which has none
     images:int=None,     # Images seen; default: the scale's

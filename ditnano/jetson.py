@@ -435,7 +435,7 @@ class _Stream:
             except (OSError,subprocess.TimeoutExpired): continue # one behind sudo is not ours to end; it ends when nobody reads it
         self.thread.join(1)
 
-# %% ../nbs/43_jetson.ipynb #72005ded
+# %% ../nbs/43_jetson.ipynb #51afe8d2
 class Sampler(Trace):
     "Power, GPU clock, temperature and memory during a `with` block."
     def __init__(self,
@@ -444,6 +444,7 @@ class Sampler(Trace):
         sources=('sysfs','tegrastats'), # Where power may come from, in this order; also 'jtop'; () for none
         drop:float=5.,     # Seconds at the beginning that do not count
         least:float=30.,   # Seconds after those that an energy needs
+        gap:float=2.,      # Seconds of silence that spoil an energy; five samples at least
         idle:float=0.,     # Seconds to wait on entering, to measure the idle power
         tegrastats=('tegrastats',), # The command; '--interval' and milliseconds are added
         python=sys.executable, # The Python that has jtop
@@ -453,7 +454,7 @@ class Sampler(Trace):
         wrong = [s for s in sources if s not in ('sysfs','tegrastats','jtop')]
         if wrong: raise ValueError(f"source {wrong[0]!r}; expected 'sysfs', 'tegrastats' or 'jtop'")
         if every<=0: raise ValueError(f"every={every}; expected seconds above 0")
-        super().__init__(drop=drop, least=least, gap=max(2.,5*every), started=clock(), clock=clock)
+        super().__init__(drop=drop, least=least, gap=max(gap,5*every), started=clock(), clock=clock)
         self.root, self.every, self.sources, self.idle, self.patience = root, every, tuple(sources), idle, patience
         self.commands = {'tegrastats':([*tegrastats,'--interval',str(max(1,round(1000*every)))], _from_tegrastats), 'jtop':([python,'-c',_JTOP,str(every)], json.loads)}
         self.tree, self.stream, self.thread, self.done, self.cooled, self.before, self.after = _Tree(root), None, None, threading.Event(), set(), None, None

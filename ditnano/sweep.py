@@ -18,7 +18,7 @@ from .principles import count_flops, count_params
 from .repro import runs_dir, weights_dir
 from .runs import Run, read_result, run_once
 
-# %% ../nbs/51_sweep.ipynb #0f2beba3
+# %% ../nbs/51_sweep.ipynb #1b63c1d9
 def _pairs(config, device):
     from ditnano.pairs import PairDataset, ensure_pairs
     count, teacher = config['pairs']['seeds'][1], config['teacher']
@@ -28,7 +28,7 @@ def _pairs(config, device):
 
 def _beside(config, root, scale, device, log):
     "What stands beside the student: the teacher's name, or the folder of an assistant, which is trained first."
-    if config['recipe']=='dmd': return config['teacher']['name']
+    if config['recipe']=='dmd': return (config['options']['teacher'] or config['teacher'])['name']
     if config['recipe']!='ta': return None
     distill_run(assistant_config(config), root, scale, device, log)
     return Run(root, 'distill', assistant_config(config)).folder/'student'
@@ -37,7 +37,7 @@ def _student(config, folder, beside, device, log):
     "Train, or go on training; the averaged student, and the seconds that training took in all."
     from ditnano.distill import make_recipe
     from ditnano.train import fit
-    options = {k:v for k,v in config['options'].items() if k!='assistant'}
+    options = {k:v for k,v in config['options'].items() if k not in ('assistant','teacher')}
     task = make_recipe(config['recipe'], as_student(config['student']), _pairs(config, device), config['loss']['name'], config['train']['seed'], beside, **options)
     state = fit(task, TrainConfig.from_dict(config['train']), folder, device, callback=log)
     return state.ema_model(), round(state.seconds)
@@ -189,7 +189,7 @@ def probe_rate(
     step(); step()
     return 2*3*batch*count_flops(5,64)/(time.perf_counter()-start)
 
-# %% ../nbs/51_sweep.ipynb #c351a4dd
+# %% ../nbs/51_sweep.ipynb #fc76da86
 @lru_cache
 def teacher_flops(
     name:str, # A teacher
@@ -211,7 +211,7 @@ def run_cost(
     "Steps, expected hours and disk of one run; a third of a training step is a forward, the loss's network is left out."
     train, cfg, e, recipe = TrainConfig.from_dict(config['train']), as_student(config['student']), config['eval'], config['recipe']
     forward, beside = count_flops(cfg), 0
-    if recipe=='dmd': beside = 3*forward + 5*teacher_flops(config['teacher']['name'])  # twice the images; three looks and a backward
+    if recipe=='dmd': beside = 3*forward + 5*teacher_flops((config['options']['teacher'] or config['teacher'])['name'])  # twice the images; three looks and a backward
     if recipe=='ta': beside = count_flops(as_student(config['options']['assistant']))
     work = train.images*(3*forward+beside) + e['samples']*forward*(1 if e['guidance']==1 else 2)
     return {'steps':train.steps, 'hours':work/rate/3600, 'megabytes':4*count_params(cfg)/1e6}
