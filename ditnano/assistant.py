@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FEATURES', 'direction_gap', 'TARecipe', 'ask']
 
-# %% ../nbs/31c_assistant.ipynb #feb9d5f0
+# %% ../nbs/31c_assistant.ipynb #50516bd5
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from .dit import DiT
 from .pairs import teacher_hash
 from .recipe import GETRecipe
+from .repro import derive_seed
 
 # %% ../nbs/31c_assistant.ipynb #5c385ddf
 SETTINGS = {  # Table 3's rows: weights of the teacher's image, the assistant's image, the assistant's features
@@ -29,7 +30,7 @@ def direction_gap(
     unit = lambda h: h.float()/h.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
     return (unit(ours)-unit(theirs)).square().sum(-1).mean()
 
-# %% ../nbs/31c_assistant.ipynb #3dab5f46
+# %% ../nbs/31c_assistant.ipynb #c0df99bc
 class TARecipe(GETRecipe):
     "Learn from the teacher's pairs and from a teaching assistant (Section 3.3, Appendix B.2, Table 3)."
     name = 'ta'
@@ -43,7 +44,7 @@ class TARecipe(GETRecipe):
         ta = DiT.from_pretrained(assistant) if isinstance(assistant, (str,Path)) else assistant
         _check(student, ta, weights, features)
         self.assistant, self.weights, self.features = ta.eval().requires_grad_(False), tuple(map(float,weights)), features
-        self.partner = _expansion(student.width, ta.cfg.width) if self.weights[2] else None
+        self.partner = _expansion(student.width, ta.cfg.width, seed) if self.weights[2] else None
         self.identity |= {'assistant':teacher_hash(ta), 'weights':list(self.weights), 'features':features}
 
     def to(self, device):
@@ -69,7 +70,7 @@ class TARecipe(GETRecipe):
         c = self.assistant.condition(t, y)
         return self.match(self.assistant.decode(ours, c).float(), self.assistant.decode(theirs, c).float())
 
-# %% ../nbs/31c_assistant.ipynb #b8e44c2c
+# %% ../nbs/31c_assistant.ipynb #6aec214c
 FEATURES = ('decoded','cosine')
 
 @torch.no_grad()
@@ -82,7 +83,8 @@ def ask(
     image, tokens = assistant(z, t, y, taps=(tap,))
     return image.float(), tokens[tap]
 
-def _expansion(narrow, wide):
+def _expansion(narrow, wide, seed=0):
+    torch.manual_seed(derive_seed(seed, 'expansion'))   # whatever was drawn before it
     E = nn.Linear(narrow, wide)
     nn.init.xavier_uniform_(E.weight)
     nn.init.zeros_(E.bias)
@@ -92,7 +94,8 @@ def _check(student, ta, weights, features):
     if not isinstance(ta, DiT): raise ValueError(f"TA: the assistant is {type(ta).__name__}; expected a trained DiT, its folder or its name")
     for k in ('image_size','patch','channels','classes'):
         if getattr(ta.cfg,k)!=getattr(student,k): raise ValueError(f"TA: the assistant has {k}={getattr(ta.cfg,k)}; expected the student's {getattr(student,k)}")
-    if len(weights)!=3 or min(weights)<0 or not any(weights): raise ValueError(f"TA: weights {tuple(weights)}; expected three of 0 or more, not all 0")
+    if len(weights)!=3 or not all(0<=w<float('inf') for w in weights) or not any(weights[:2]):
+        raise ValueError(f"TA: weights {tuple(weights)}; expected three of 0 or more, one of the first two above 0 (else nothing looks at the student's image)")
     if features not in FEATURES: raise ValueError(f"TA: features {features!r}; expected one of {', '.join(FEATURES)}")
     if student.steps!=1 or ta.cfg.steps!=1: raise ValueError("TA: several steps; expected a student and an assistant of one step")
     for who,d in (('student',student.depth), ('assistant',ta.cfg.depth)):

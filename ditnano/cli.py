@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'design', 'doctor', 'pairs', 'train', 'sample', 'eval', 'bench', 'sweep', 'paper', 'main']
 
-# %% ../nbs/54_cli.ipynb #dbff05a5
+# %% ../nbs/54_cli.ipynb #4d23268f
 import json, sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Optional
 import tyro
 
 from .config import DiTConfig, GETConfig, TrainConfig, load_scale
-from .experiments import EXPERIMENTS
+from .experiments import CLIPPED, EXPERIMENTS
 from .principles import propose
 from .repro import repo_root, runs_dir, write_json
 
@@ -74,7 +74,7 @@ def pairs(
     if get: return print(PairDataset(import_pairs(get, out, image_dtype=image_dtype, log=print)))
     print(PairDataset(make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device, log=print)))
 
-# %% ../nbs/54_cli.ipynb #98b819e5
+# %% ../nbs/54_cli.ipynb #a760bf2c
 def train(
     config:Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]=TrainConfig(images=100_000, batch=64, lr=1e-3), # How
     student:str='5,64,8',          # depth,width,heads; heads for each layer as 4-4-8-8-8
@@ -97,12 +97,13 @@ def train(
         from ditnano.sweep import ship
         return print(ship(shipped, device))
     from ditnano.train import Progress, fit
+    if not config.clip: config = replace(config, clip=CLIPPED.get(recipe, 0.0))
     task = _task(recipe, _design(student, recipe, mlp_ratio=mlp_ratio, steps=steps), pairs, loss, config.seed, beside, _json(options))
     model = fit(task, config, out, device, callback=Progress('train')).ema_model()
     model.save_pretrained(Path(out)/'student', {'identity':task.identity, 'train':config.to_dict()})
     print(Path(out)/'student')
 
-# %% ../nbs/54_cli.ipynb #f93efec3
+# %% ../nbs/54_cli.ipynb #e442fc53
 def _task(recipe, design, pairs, loss, seed, beside, options):
     from ditnano.distill import make_recipe
     from ditnano.pairs import PairDataset, ensure_pairs
@@ -112,6 +113,7 @@ def _task(recipe, design, pairs, loss, seed, beside, options):
 def _design(text, recipe, **more):
     d, w, h = text.split(',') if text.count(',')==2 else _numbers(text, 'student', 3)
     heads = _numbers(h.replace('-',','), 'heads')
+    if recipe=='get-model' and more!=dict(mlp_ratio=4.0, steps=1): raise ValueError("recipe 'get-model': a GET has no --steps and no --mlp-ratio; expected neither")
     (d, w), heads = _numbers(f'{d},{w}', 'student'), heads if len(heads)>1 else heads[0]
     return GETConfig(d, w, heads) if recipe=='get-model' else DiTConfig(d, w, heads, **more)
 
@@ -181,7 +183,7 @@ def _loss_of(model):
     loss = ((model.card or {}).get('config') or (model.card or {}).get('identity') or {}).get('loss')
     return loss.get('name') if isinstance(loss, dict) else loss
 
-# %% ../nbs/54_cli.ipynb #0bdf61ad
+# %% ../nbs/54_cli.ipynb #fee8487b
 def bench(
     what:tyro.conf.Positional[Literal['sampling','train','recipes']]='sampling', # What is timed
     students:str='5,64,8;7,192,12', # Designs, depth,width,heads;...
@@ -200,7 +202,7 @@ def bench(
     from ditnano.sweep import bench_recipes, bench_sampling, bench_train
     designs = [_numbers(s,'students',3) for s in students.split(';')]
     if what=='train': rows = bench_train(designs, batch or 32, rounds, loss)
-    elif what=='recipes': rows = bench_recipes(designs[0], loss, batch or 32, device=device)
+    elif what=='recipes': rows = bench_recipes(designs[0], loss, batch or 32, seconds=rounds, device=device)
     else: rows = bench_sampling(designs, batch or 128, rounds, guidance, precision, device)
     _print_rows(rows)
     if out: _write_rows(rows, out)

@@ -59,7 +59,7 @@ def _check_heads(cls, width, depth, h):
         _whole(cls, heads=n)
         if width%n: raise ValueError(f"{cls}: heads={n} does not divide width={width}; expected one of {factors(width)}")
 
-# %% ../nbs/01_config.ipynb #82fc8b1f
+# %% ../nbs/01_config.ipynb #31461140
 @dataclass(frozen=True)
 class DiTConfig(Config):
     "A student DiT. `heads` is an int, one per layer as a tuple, or None for the rule."
@@ -142,7 +142,7 @@ class UNetConfig(Config):
         if not self.channel_mult or self.image_size%down: raise ValueError(f"UNetConfig: channel_mult={self.channel_mult} halves {self.image_size} pixels {len(self.channel_mult)-1} times; expected whole numbers")
         if not 0<=self.dropout<1: raise ValueError(f"UNetConfig: dropout={self.dropout}; expected 0 or more and less than 1")
 
-# %% ../nbs/01_config.ipynb #b100f2d9
+# %% ../nbs/01_config.ipynb #d7e530c3
 PRECISIONS = ('fp32','bf16')
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ class TrainConfig(Config):
         _whole('TrainConfig', images=self.images, batch=self.batch)
         if self.precision not in PRECISIONS: raise ValueError(f"TrainConfig: precision={self.precision!r}; expected one of {PRECISIONS}")
         if self.lr<=0: raise ValueError(f"TrainConfig: lr={self.lr}; expected more than 0")
+        if self.clip<0: raise ValueError(f"TrainConfig: clip={self.clip}; expected 0 (none) or more")
         if not 0<=self.ema<1: raise ValueError(f"TrainConfig: ema={self.ema}; expected 0 or more and less than 1")
 
     @property
@@ -209,7 +210,7 @@ class Scale(Config):
         used = self.loss.split('@')[0].removeprefix('perceptual-')
         if used in self.judges: raise ValueError(f"Scale: judge {used!r} is also the loss; expected a judge that no loss used")
 
-# %% ../nbs/01_config.ipynb #76076ddf
+# %% ../nbs/01_config.ipynb #d9e8f9cc
 _EVERY = [list(d) for d in DESIGNS]
 SMOKE = Scale(experiments={
     'losses':{'losses':['L1','L2','perceptual-digitslens@32'], 'setups':['dmd'], 'dmd':{'fake_lr':1e-3, 'fake_warmup':2}},

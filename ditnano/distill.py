@@ -31,7 +31,7 @@ def get_recipe(
     if name not in RECIPES: raise ValueError(f"recipe {name!r}; expected one of {', '.join(RECIPES)}")
     return RECIPES[name]
 
-# %% ../nbs/32_distill.ipynb #96e55653
+# %% ../nbs/32_distill.ipynb #990c94bc
 BESIDE = {'dmd':'teacher', 'ta':'assistant'}  # What a recipe wants beside the student, by the name of its argument
 
 def recipe_defaults(
@@ -51,10 +51,13 @@ def make_recipe(
     **options,    # Of the recipe
 ):
     "A recipe by name; an unknown option is refused."
+    known = recipe_defaults(name)
     for k in options:
-        if k not in (known := recipe_defaults(name)): raise ValueError(f"recipe {name!r}: option {k!r}; expected {', '.join(known) or 'none'}")
+        if k not in known: raise ValueError(f"recipe {name!r}: option {k!r}; expected {', '.join(known) or 'none'}")
     if name in BESIDE: options[BESIDE[name]] = beside
-    return get_recipe(name)(student, pairs, loss, seed, **options)
+    elif beside is not None: raise ValueError(f"recipe {name!r}: nothing stands beside its student; expected beside=None")
+    try: return get_recipe(name)(student, pairs, loss, seed, **options)
+    except TypeError as e: raise ValueError(f"recipe {name!r}: options {options} do not fit ({e}); expected such as {known}") from e
 
 # %% ../nbs/32_distill.ipynb #c60595ee
 def _memory(device, field):

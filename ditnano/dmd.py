@@ -83,7 +83,7 @@ def denoised(
         onehot = F.one_hot(labels, net.cfg.label_dim).float() if net.cfg.label_dim else None
         return net(x.contiguous(memory_format=torch.channels_last), sigma, onehot)
 
-# %% ../nbs/31b_dmd.ipynb #d14bc6e7
+# %% ../nbs/31b_dmd.ipynb #e2620215
 class DMDRecipe(GETRecipe):
     "Distribution matching with a regression on pairs (DMD, Algorithm 1; Table 1, last row)."
     name = 'dmd'
@@ -97,6 +97,7 @@ class DMDRecipe(GETRecipe):
     ):
         super().__init__(student, pairs, loss, seed)
         if student.steps!=1: raise ValueError(f"DMD: a student of {student.steps} steps; expected 1")
+        _check(regression=regression, fake_lr=fake_lr, fake_warmup=fake_warmup, clip=clip)
         net = load_teacher(teacher) if isinstance(teacher,(str,Path)) else teacher
         self.teacher, self.partner = copy.deepcopy(net).eval().requires_grad_(False), copy.deepcopy(net).eval().requires_grad_(True)
         self.regression, self.sigma, self.fake = regression, noise_levels(LEVELS), (fake_lr,fake_warmup,clip)
@@ -128,9 +129,13 @@ class DMDRecipe(GETRecipe):
         "EDM's loss of the fake denoiser on the student's images."
         x, labels = self.made
         noisy, sigma = perturb(x, self.sigma, 0, LEVELS-1, step)
-        return fake_loss(denoised(self.partner, noisy, sigma, labels), x, sigma, self.teacher.sigma_data)
+        return fake_loss(denoised(self.partner, noisy, sigma, labels), x, sigma, getattr(self.teacher, 'sigma_data', 0.5))
 
-# %% ../nbs/31b_dmd.ipynb #ee1f2f6a
+# %% ../nbs/31b_dmd.ipynb #d8559673
+def _check(**numbers):
+    for k,v in numbers.items():
+        if isinstance(v,bool) or not isinstance(v,(int,float)) or not 0<=v<float('inf'): raise ValueError(f"DMD: {k}={v!r}; expected a number of 0 or more")
+
 def _fake_how(cfg, lr, warmup, clip): return replace(cfg, lr=lr, warmup=warmup*cfg.batch, clip=clip, anneal=False)
 
 def fake_loss(

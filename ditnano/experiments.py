@@ -100,7 +100,7 @@ def _heads(scale, heads=GRIDS['heads']): return [dict(design=(*BASE[:2],h)) for 
 def _sizes(scale, designs=tuple(DESIGNS), double=()):
     return [dict(design=d) for d in designs]+[dict(design=d, images=2*scale.images) for d in double]
 
-# %% ../nbs/50a_experiments.ipynb #8dd5f54f
+# %% ../nbs/50a_experiments.ipynb #63492fea
 def _ta(scale, assistant=(4,128,8), settings=((1,0,0),(0,1,0),(0,1,1),(1,1,1))):
     rows = [dict(design=assistant)]   # the assistant first: the others need it
     for weights in settings:
@@ -109,7 +109,7 @@ def _ta(scale, assistant=(4,128,8), settings=((1,0,0),(0,1,0),(0,1,1),(1,1,1))):
     return rows
 
 def _mi1(scale, mappings=((6,),(3,6),(2,4,6))):
-    return [dict(design=BASE, **({} if len(m)==1 else dict(recipe='mi1', options=dict(layers=m)))) for m in mappings]
+    return [dict(design=BASE, **({} if tuple(m)==BASE[:1] else dict(recipe='mi1', options=dict(layers=m)))) for m in mappings]
 
 def _get_baseline(scale, models=((6,256,4),(7,192,12)), students=((7,192,12),), images=0):
     return [dict(design=GETConfig(*m), recipe='get-model', images=images or scale.images) for m in models]+[dict(design=s) for s in students]

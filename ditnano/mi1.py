@@ -60,10 +60,10 @@ class MI1Recipe(GETRecipe):
         pictures = [made if l==self.model.cfg.depth else self.model.decode(tokens[l], c) for l in self.layers]
         return sum(self.match(p.float(), target) for p,target in zip(pictures, targets(z, x, self.times, **self.path)))
 
-# %% ../nbs/31d_mi1.ipynb #862bc3ac
+# %% ../nbs/31d_mi1.ipynb #d202bb29
 def _check(student, layers, times):
     if student.steps!=1: raise ValueError(f"MI1: a student of {student.steps} steps; expected 1")
-    if not layers or list(layers)!=sorted(set(layers)) or layers[0]<1 or layers[-1]!=student.depth:
+    if not all(isinstance(l,int) for l in layers) or not layers or list(layers)!=sorted(set(layers)) or layers[0]<1 or layers[-1]!=student.depth:
         raise ValueError(f"MI1: layers {layers}; expected rising ones from 1 on that end with the student's last, {student.depth}")
     if len(times)!=len(layers): raise ValueError(f"MI1: {len(times)} times for {len(layers)} layers; expected one each")
-    if min(times)<0 or max(times)>1: raise ValueError(f"MI1: times {times}; expected 0 (image) to 1 (noise)")
+    if not all(0<=t<=1 for t in times) or times[-1]!=0: raise ValueError(f"MI1: times {times}; expected 1 (noise) to 0 (image), 0 for the last layer")

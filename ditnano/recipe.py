@@ -74,15 +74,16 @@ def start(
     t = t.to(z.device)
     return torch.where((t==1)[:,None,None,None], z, flow_point(x, flow_noise(x, z), t).to(z.dtype)), told_time(t)
 
-# %% ../nbs/31a_recipe.ipynb #bf8a98df
+# %% ../nbs/31a_recipe.ipynb #e60648bb
 class GETModelRecipe(GETRecipe):
     "Train a Generative Equilibrium Transformer on pairs: six supervised unrolled steps (Table 5; GET)."
     name, build, takes = 'get-model', GET, GETConfig
 
     def loss(self, model, batch, step):
         "The six images against the teacher's, weighted."
-        z, x, y = batch
-        return correction([image.float() for image in model(z, y if self.model.cfg.classes else None)], x, self.match)
+        (z, x, y), cfg = batch, self.model.cfg
+        z0 = step.share(torch.randn(step.batch, (cfg.image_size//cfg.patch)**2, cfg.width, generator=step.generator)).to(z.device)
+        return correction([image.float() for image in model(z, y if cfg.classes else None, z0=z0)], x, self.match)
 
 # %% ../nbs/31a_recipe.ipynb #76756922
 def silent(

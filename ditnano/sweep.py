@@ -6,8 +6,8 @@
 __all__ = ['COSTS', 'STUDENTS', 'distill_run', 'latency_config', 'latency_run', 'sweep', 'probe_rate', 'teacher_flops',
            'run_cost', 'missing', 'plan', 'bench_train', 'bench_sampling', 'cost_run', 'bench_recipes', 'ship']
 
-# %% ../nbs/51_sweep.ipynb #81c6e7b7
-import contextlib, json, math, subprocess, sys, time
+# %% ../nbs/51_sweep.ipynb #2f0471ad
+import contextlib, json, math, os, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from .principles import count_flops, count_params
 from .repro import runs_dir, weights_dir
 from .runs import Run, read_result, run_once
 
-# %% ../nbs/51_sweep.ipynb #1b63c1d9
+# %% ../nbs/51_sweep.ipynb #a7438f4c
 def _pairs(config, device):
     from ditnano.pairs import PairDataset, ensure_pairs
     count, teacher = config['pairs']['seeds'][1], config['teacher']
@@ -30,8 +30,10 @@ def _beside(config, root, scale, device, log):
     "What stands beside the student: the teacher's name, or the folder of an assistant, which is trained first."
     if config['recipe']=='dmd': return (config['options']['teacher'] or config['teacher'])['name']
     if config['recipe']!='ta': return None
-    distill_run(assistant_config(config), root, scale, device, log)
-    return Run(root, 'distill', assistant_config(config)).folder/'student'
+    own = assistant_config(config)
+    folder = Run(root, 'distill', own).folder/'student'
+    distill_run(own, root, scale, device, log, force=not (folder/'model.safetensors').is_file())
+    return folder
 
 def _student(config, folder, beside, device, log):
     "Train, or go on training; the averaged student, and the seconds that training took in all."
@@ -57,15 +59,16 @@ def _judge(student, config, folder, device):
     write_json(folder/'evaluation.json', card(e['samples'], data, e['judges'], config['loss']['name'], [seeds[0],seeds[-1]], e['guidance'], device=device))
     return {k:v for k,v in numbers.items() if k!='samples'}
 
-# %% ../nbs/51_sweep.ipynb #3201b699
+# %% ../nbs/51_sweep.ipynb #f6f1e526
 def distill_run(
     config:dict,        # From `distill_config`
     root,               # Folder of runs
     scale:str,          # Name of the scale
     device:str='auto',  # Where to run
     log=None,           # Called with each line of the history
+    force:bool=False,   # Throw away what is there
 )->dict: # The record
-    "Distil and judge one student, unless it is done."
+    "Distil and judge one student, unless it is done; of several processes the first judges and records."
     from ditnano.repro import fingerprint, pick_device
     def compute(folder):
         beside = _beside(config, root, scale, device, log)
@@ -74,14 +77,24 @@ def distill_run(
         metrics = _judge(student, config, folder, device)
         (folder/'state.safetensors').unlink()
         return {'metrics':metrics, 'samples':config['eval']['samples'], 'device':where|{'train_seconds':seconds}, 'artefacts':['samples.png','evaluation.json']}
-    return run_once(root, 'distill', config, compute, _name(config), scale, config['train']['seed'])
+    if int(os.environ.get('RANK', 0)): return _follow(config, root, scale, device, log)
+    return run_once(root, 'distill', config, compute, _name(config), scale, config['train']['seed'], force)
+
+def _follow(config, root, scale, device, log):
+    "What the other processes of a distributed run do: their share of the training, then wait for the record."
+    folder = Run(root, 'distill', config).folder
+    if (record := read_result(folder)): return record
+    _student(config, folder, _beside(config, root, scale, device, log), device, log)
+    while not (record := read_result(folder)): time.sleep(0.5)
+    return record
 
 def _name(config):
     "What people call a run."
     s, r = config['student'], config['recipe']
     design = ', '.join(str(s[k]).replace(' ','') for k in ('depth','width','heads'))
+    how = [str(v).replace(' ','') for k,v in config['options'].items() if k in ('weights','layers')]
     more = ''.join(f' {k} {s[k]:g}' for k,usual in (('mlp_ratio',4),('steps',1)) if s.get(k,usual)!=usual)
-    return f"{'GET' if 'eq_depth' in s else 'DiT'} ({design}){more} {config['loss']['name']}{'' if r.startswith('get') else ' '+r}"
+    return f"{'GET' if 'eq_depth' in s else 'DiT'} ({design}){more} {config['loss']['name']}{'' if r.startswith('get') else ' '.join(['',r,*how])}"
 
 # %% ../nbs/51_sweep.ipynb #9fd8b763
 def latency_config(
@@ -315,7 +328,7 @@ def bench_sampling(
                      'guidance':guidance, 'precision':precision, 'batches':t['batches'], 'machine':f"{t['card']['device_name']}, {t['card']['threads']} threads"})
     return rows
 
-# %% ../nbs/51_sweep.ipynb #0b808f10
+# %% ../nbs/51_sweep.ipynb #6304b1b6
 COSTS = {  # recipe, options, fields of the student that differ
     'get':('get',{},{}), 'get, 2 steps':('get',{},{'steps':2}), 'mi1':('mi1',{},{}), 'ta, image':('ta',{'weights':[0,1,0]},{}),
     'ta, image and features':('ta',{'weights':[1,1,1]},{}), 'dmd':('dmd',{},{}), 'get-model':('get-model',{},{}),
@@ -325,7 +338,7 @@ def _asked(name, design, **same):
     "What `recipe_cost` is asked for one row of `COSTS`."
     if name not in COSTS: raise ValueError(f"recipe {name!r}; expected one of {', '.join(COSTS)}")
     (recipe, options, changes), (d, w, h) = COSTS[name], design
-    if recipe=='mi1': options = {'layers':[max(1,d//2),d]}
+    if recipe=='mi1': options = {'layers':sorted({max(1,d//2),d})}
     return dict(recipe=recipe, options=options, student=GETConfig(d,w,h) if recipe=='get-model' else DiTConfig(d,w,h,**changes), **same)
 
 # %% ../nbs/51_sweep.ipynb #990b52db

@@ -6,7 +6,7 @@
 __all__ = ['sample_order', 'Step', 'learning_rate', 'ema_decay', 'update_ema', 'State', 'save_state', 'load_state',
            'read_history', 'Progress', 'train_step', 'fit']
 
-# %% ../nbs/31_train.ipynb #94232361
+# %% ../nbs/31_train.ipynb #ee824cd6
 import copy, json, math, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .config import TrainConfig
-from .repro import atomic, derive_seed
+from .repro import atomic, derive_seed, pick_device
 
 # %% ../nbs/31_train.ipynb #57e441ff
 def sample_order(
@@ -185,13 +185,15 @@ class Progress:
         self.bar.update(line['images']-self.bar.n)
         if line['images']>=line['of']: self.bar.close()
 
-# %% ../nbs/31_train.ipynb #c4342cea
+# %% ../nbs/31_train.ipynb #0e8e0fb2
 def _prepare(task, cfg, device):
     "Accelerator and a fresh state on its device."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # without ipywidgets tqdm complains at import
         from accelerate import Accelerator
-    accelerator = Accelerator(cpu=str(device)=='cpu')
+    where = pick_device(device)
+    if where.type=='cuda' and where.index: torch.cuda.set_device(where)
+    accelerator = Accelerator(cpu=where.type=='cpu')
     if cfg.batch%accelerator.num_processes: raise ValueError(f"batch={cfg.batch} on {accelerator.num_processes} processes; expected a multiple")
     model = task.model.to(accelerator.device)
     if hasattr(task,'to'): task.to(accelerator.device)
@@ -247,7 +249,7 @@ def _check_loss(loss, state, file):
     kept = f"the checkpoint before it is kept in {file.parent.name}/{file.name}" if file.exists() else "no checkpoint had been written"
     raise FloatingPointError(f"loss is {value} at step {state.step}; expected a finite number ({kept}; try a lower learning rate)")
 
-# %% ../nbs/31_train.ipynb #d99d0e72
+# %% ../nbs/31_train.ipynb #56355474
 def fit(
     task,                 # What is trained: model, n, batch, loss, identity
     cfg:TrainConfig,      # How
@@ -260,7 +262,7 @@ def fit(
 )->State:
     "Train, or go on training; raises ValueError for a foreign checkpoint, FloatingPointError for a loss that is not finite."
     file, log, identity = Path(folder)/'state.safetensors', Path(folder)/'history.jsonl', {'train':cfg.to_dict(), 'task':task.identity}
-    accelerator, state = _prepare(task, cfg, 'cpu' if str(device)=='cpu' or not torch.cuda.is_available() else device)
+    accelerator, state = _prepare(task, cfg, device)
     if file.exists(): load_state(state, file, identity)
     _cut_history(log, state.step)
     model = accelerator.prepare_model(state.model).train()
@@ -270,11 +272,18 @@ def fit(
         due = state.step%log_every==0 or state.step==end
         if due or accelerator.device.type=='cpu': _check_loss(loss, state, file)
         if due: _log(log, state, cfg, loss, clock, accelerator, callback)
-        if clock.due() or state.step==end: _save(state, file, identity, loss, clock, accelerator)
+        if _due(clock, accelerator, state.step, log_every) or state.step==end: _save(state, file, identity, loss, clock, accelerator)
     state.model.eval()
     return state
 
-# %% ../nbs/31_train.ipynb #ddd20155
+# %% ../nbs/31_train.ipynb #e9b133b4
+def _due(clock, accelerator, step, every):
+    "Whether to save now; of several processes, each with a clock of its own, the first decides for all."
+    if accelerator.num_processes==1: return clock.due()
+    if step%every: return False
+    from accelerate.utils import broadcast_object_list
+    return broadcast_object_list([clock.due()])[0]
+
 class _Clock:
     "Time spent, and when the next checkpoint is due."
     def __init__(self, state, save_every):
