@@ -7,7 +7,7 @@ __all__ = ['FLOAT', 'FLOAT16', 'Node', 'PRECISIONS', 'OPSETS', 'FRACTIONS', 'Gra
            'scaled_queries', 'attend', 'table', 'condition', 'block', 'entry', 'leave', 'one_step_graph', 'best_scale',
            'calibrate', 'to_model']
 
-# %% ../nbs/43b_graph.ipynb #29a63bc9
+# %% ../nbs/43b_graph.ipynb #8bc25488
 import json
 from collections import namedtuple
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .folding import FoldedDiT, OneStep, fold
+from .sampling import sample_inputs
 
 # %% ../nbs/43b_graph.ipynb #a0a49506
 FLOAT, FLOAT16 = 1, 10 # ONNX's numbers for them
@@ -283,7 +284,7 @@ def _maps(net):
     "Names as in the graph -> linear maps that int8 quantises."
     return {f'block{k}/{n}':m for k,b in enumerate(net.blocks) for n,m in (('qkv',b.attn.qkv),('proj',b.attn.proj),('fc1',b.mlp.fc1),('fc2',b.mlp.fc2))}
 
-# %% ../nbs/43b_graph.ipynb #726acc99
+# %% ../nbs/43b_graph.ipynb #05b8a2ac
 @torch.no_grad()
 def calibrate(
     model,              # A DiT of one step, or a FoldedDiT
@@ -292,7 +293,6 @@ def calibrate(
     most:int=100_000,   # Values kept of each tensor
 )->dict: # Name of a map -> scale of its input
     "Scales for int8 from seeded noise."
-    from ditnano.sampling import sample_inputs
     if not len(seeds): raise ValueError("calibration without seeds; expected one or more")
     step, seen = OneStep(model, guidance), {}
     def keep(name):
