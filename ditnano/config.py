@@ -220,7 +220,7 @@ SMOKE = Scale(experiments={
     'sizes':{'designs':_EVERY, 'double':[[7,192,12]]},
     'ta':{'assistant':[4,192,12], 'settings':[[1,0,0],[0,1,0],[0,1,1],[1,1,1]]},
     'mi1':{'mappings':[[6],[3,6],[2,4,6]]},
-    'get_baseline':{'models':[[6,256,4],[7,192,12]], 'students':[[7,192,12]], 'images':64},
+    'get_baseline':{'models':[[6,256,4],[7,192,12]], 'students':[[7,192,12]], 'images':32},
     'mlp_ratio':{'ratios':[1,2,4,8]},
     'layer_heads':{'layouts':[[4]*6,[1,2,4,8,16,32],[32,16,8,4,2,1],[1,1,4,4,16,16]]},
     'steps':{'steps':[1,2,4]},
