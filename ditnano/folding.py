@@ -65,7 +65,7 @@ def fold(
     if model.cfg.steps>1: raise ValueError(f"fold: a student of {model.cfg.steps} steps hears as many times; expected one of 1 step")
     return FoldedDiT(model)
 
-# %% ../nbs/38_folding.ipynb #c35c64e8
+# %% ../nbs/38_folding.ipynb #afeab2f5
 class OneStep(nn.Module):
     "A folded one-step student with its guidance inside: noise and labels in, images out."
     def __init__(self,
@@ -83,7 +83,7 @@ class OneStep(nn.Module):
         x, # Noise (N, C, R, R) float32
         y, # Labels (N,) int64
     ): # Images (N, C, R, R)
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()): check_inputs(self.cfg, x, y, y)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()): check_inputs(self.cfg, x, x.new_empty(len(x)), y)
         n = self.cfg.channels
         if self.guidance==1: return self.student.draw(x, y)[:,:n]
         both = self.student.draw(torch.cat([x,x]), torch.cat([y,torch.full_like(y, self.cfg.classes)]))[:,:n]

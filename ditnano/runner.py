@@ -209,13 +209,11 @@ def graph_for(
     if 'jetpack5' not in files[source]: raise Refusal("TensorRT 8.5 has no LayerNormalization, and this bundle no graphs without it: make it with ditnano export --bundle --jetpack5")
     return files[source]['jetpack5']
 
-# %% ../nbs/43a_runner.ipynb #429317bd
+# %% ../nbs/43a_runner.ipynb #c426c1e4
 def instruments():
     "The module `jetson`: the file beside this one, or our package's."
-    for name in ('ditnano.jetson',) if __package__ else ('jetson','ditnano.jetson'):
-        try: return importlib.import_module(name)
-        except ImportError: pass
-    raise Refusal("jetson.py is missing beside runner.py: no latency without its card; copy the folder again")
+    try: return importlib.import_module('ditnano.jetson' if __package__ or __name__=='__main__' else 'jetson')
+    except ImportError: raise Refusal("jetson.py is missing beside runner.py: no latency without its card; copy the folder again") from None
 
 def find_trtexec()->str: # Path
     "trtexec on the PATH, or where JetPack puts it."
@@ -283,7 +281,7 @@ def parity(
     limit = max(3*card['files'][precision].get('error', 0), FLOOR[precision])
     return {'error':error, 'largest':largest, 'limit':limit, 'images':len(x), 'passed':bool(error<=limit)} # NaN fails
 
-# %% ../nbs/43a_runner.ipynb #d2801d21
+# %% ../nbs/43a_runner.ipynb #0ecd4ecf
 def machine()->dict:
     "This computer, in words that any machine has."
     cpu = ''
@@ -294,9 +292,9 @@ def machine()->dict:
 
 def peak_mb():
     "The largest memory this process has held, in MB; None where the system does not say."
-    try: import resource
-    except ImportError: return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1024 if sys.platform!='darwin' else 1<<20)
+    try:
+        with open('/proc/self/status') as f: return next(int(l.split()[1])/1024 for l in f if l.startswith('VmHWM'))
+    except (OSError,StopIteration): return None
 
 def time_batch(
     run,          # A runtime
