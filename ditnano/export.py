@@ -47,7 +47,7 @@ def _trial(model, guidance, seeds):
     step = prepare(model, guidance, device='cpu')
     return x.numpy(), y.numpy(), step(x, y).numpy()
 
-# %% ../nbs/44_export.ipynb #c209f255
+# %% ../nbs/44_export.ipynb #be5d5047
 def open_file(
     path, # .onnx, .xml or .engine
 ): # f(noise, labels) -> images, numpy
@@ -64,6 +64,7 @@ def _error(got, want):
     if not np.isfinite(got).all(): raise FloatingPointError("the file's images are not finite: too large for its precision?")
     return {'error':float(np.linalg.norm(got-want)/np.linalg.norm(want)), 'largest':float(np.abs(got-want).max()), 'std':float(want.std())}
 
+# %% ../nbs/44_export.ipynb #f0eb48d6
 def parity(
     path,           # A file, as for `open_file`
     model,          # The student that it is of
@@ -124,7 +125,7 @@ def _measured(data, model, guidance, batch, precision):
     print(f"{precision}: relative error {found['error']:.1e}, largest {found['largest']:.1e}, on {n} fresh inputs")
     return {k:found[k] for k in ('error','largest')} | {'compared':n}
 
-# %% ../nbs/44_export.ipynb #30339685
+# %% ../nbs/44_export.ipynb #3ec6014b
 def to_onnx(
     model,                # A DiT of one step
     path,                 # Where; ends in .onnx
@@ -139,7 +140,6 @@ def to_onnx(
     path = Path(path)
     if path.suffix!='.onnx': raise ValueError(f"{path.name}: expected a name that ends in .onnx")
     if batch is not None and batch<1: raise ValueError(f"batch={batch}; expected 1 or more, or None")
-    model = model if not model.training else model.eval()
     scales = calibrate(model, guidance, _seeds(calibration)) if precision=='int8' else None
     graph, card = one_step_graph(model, precision, guidance, opset, scales), _card(model, precision, guidance, opset, batch)
     card |= _measured(to_model(graph, model.cfg, batch).SerializeToString(), model, guidance, batch, precision)
@@ -147,7 +147,7 @@ def to_onnx(
     with atomic(path) as tmp: tmp.write_bytes(data)
     return card | {'file':path.name, 'bytes':len(data), 'sha256':hashlib.sha256(data).hexdigest()}
 
-# %% ../nbs/44_export.ipynb #776df3c9
+# %% ../nbs/44_export.ipynb #f8f609a2
 def to_openvino(
     model,                # A DiT of one step
     path,                 # Where; ends in .xml, and .bin appears beside it
@@ -172,6 +172,7 @@ def to_openvino(
         for suffix in ('.bin','.xml'): os.replace(part.with_suffix(suffix), path.with_suffix(suffix))
     return card | {'file':path.name, 'bytes':sum(path.with_suffix(s).stat().st_size for s in ('.bin','.xml'))}
 
+# %% ../nbs/44_export.ipynb #9c8b8911
 def _saved(net, path, card, model):
     "Save a net, compare it, and save it again with its error inside."
     import openvino as ov
@@ -185,7 +186,7 @@ def _saved(net, path, card, model):
     ov.save_model(net, path, compress_to_fp16=card['precision']=='fp16')
     return found
 
-# %% ../nbs/44_export.ipynb #25966e8c
+# %% ../nbs/44_export.ipynb #0a443f36
 def file_images(
     path,          # A file, as for `open_file`
     seeds,         # One per image
@@ -197,6 +198,7 @@ def file_images(
     x, y = (a.numpy() for a in noise_and_labels(seeds, (cfg.channels,cfg.image_size,cfg.image_size), cfg.classes))
     return torch.cat([to_bytes(torch.from_numpy(run(x[i:i+n], y[i:i+n]))) for i in range(0, len(x), n)])
 
+# %% ../nbs/44_export.ipynb #5762c93e
 def quality(
     model,              # The student
     path,               # A file of it
@@ -246,7 +248,7 @@ def _graphs(model, folder, precisions, guidance, batch, calibration, jetpack5):
         if jetpack5 and p!='fp16': files[p]['jetpack5'] = to_onnx(model, folder/f'{p}-jetpack5.onnx', p, guidance, batch, 16, calibration)['file']
     return files
 
-# %% ../nbs/44_export.ipynb #4b1168e6
+# %% ../nbs/44_export.ipynb #41485fe6
 def bundle(
     model,               # A DiT of one step
     folder,              # Where; a bundle that is there is replaced
@@ -272,6 +274,7 @@ def bundle(
         write_json(tmp/'card.json', {k:v for k,v in card.items() if k not in ('precision','opset')})
     return runner.read_card(folder)
 
+# %% ../nbs/44_export.ipynb #dfd812da
 def _programs(folder, name, cfg, guidance):
     "The command, the runner, the instruments, and a page to read."
     for module in (runner, jetson): shutil.copyfile(module.__file__, folder/Path(module.__file__).name)

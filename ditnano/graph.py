@@ -131,7 +131,7 @@ def gelu(
     inner = op('Mul', op('Mul', x, const('gelu/b', (2/np.pi)**.5), 'b'), op('Add', square, const('one', 1), 'c'), 'inner')
     return op('Mul', op('Mul', x, const('gelu/half', .5), 'd'), op('Add', op('Tanh', inner, None, 'tanh'), const('one', 1), 'e'), 'out')
 
-# %% ../nbs/43b_graph.ipynb #ba4bbd32
+# %% ../nbs/43b_graph.ipynb #7d56c927
 def scaled_queries(
     attn,      # The module's attention
     )->tuple: # Weight (D, 3D) and bias (3D,), numpy
@@ -141,6 +141,7 @@ def scaled_queries(
     factor[:width] = (width//attn.heads)**-.5
     return attn.qkv.weight.detach().cpu().numpy().T*factor, attn.qkv.bias.detach().cpu().numpy()*factor
 
+# %% ../nbs/43b_graph.ipynb #939b789d
 def attend(
     g:Graph,    # Added to
     qkv:str,    # (N, T, 3D)
@@ -208,7 +209,7 @@ def block(
     a = apply(gelu(g, a, f'{name}/gelu'), 'fc2', *plain(part.mlp.fc2))
     return add(x, m[5], a, 'sum2')
 
-# %% ../nbs/43b_graph.ipynb #3e1fbfca
+# %% ../nbs/43b_graph.ipynb #d31c1011
 def entry(
     g:Graph,       # Added to
     net:FoldedDiT, # A folded student
@@ -225,6 +226,7 @@ def entry(
     none = g.node('Add', [none,g.const('null/class', [c.classes], np.int64)], 'null')
     return g.node('Concat', [x,x], 'both/tokens', axis=0), g.node('Concat', ['labels',none], 'both/labels', axis=0)
 
+# %% ../nbs/43b_graph.ipynb #aafc1245
 def leave(
     g:Graph,        # Added to
     net:FoldedDiT,  # A folded student

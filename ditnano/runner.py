@@ -125,7 +125,7 @@ class TensorRT:
         cuda.copy(images.ctypes.data_as(ctypes.c_void_p), out, images.nbytes, Cuda.FROM)
         return images
 
-# %% ../nbs/43a_runner.ipynb #557db1a5
+# %% ../nbs/43a_runner.ipynb #df8c2456
 RUNTIMES = {'tensorrt':TensorRT, 'onnxruntime':OnnxRuntime, 'openvino':OpenVino}
 INSTALL = {'tensorrt':'sudo apt install nvidia-jetpack', 'onnxruntime':'pip install onnxruntime', 'openvino':'pip install openvino'}
 
@@ -144,6 +144,7 @@ def model_file(
     name = card['files'][precision]['file']
     return os.path.join(folder, name if RUNTIMES[runtime].suffix=='.onnx' else name.replace('.onnx','.engine'))
 
+# %% ../nbs/43a_runner.ipynb #571bf778
 def choose(
     folder,         # A bundle
     card,           # Its card
@@ -160,7 +161,7 @@ def choose(
     if found[0]=='tensorrt': raise Refusal(f"no engine {os.path.basename(path)} yet: python run.py --build --precision {precision}")
     raise Refusal(f"{os.path.basename(path)} is missing; copy the folder again")
 
-# %% ../nbs/43a_runner.ipynb #2290ca8c
+# %% ../nbs/43a_runner.ipynb #f2f410c3
 TRTEXEC = '/usr/src/tensorrt/bin/trtexec' # where JetPack puts it, not on the PATH
 
 def release(
@@ -177,6 +178,7 @@ def _shapes(batch, shape):
     def one(n): return f'noise:{n}x{image},labels:{n}'
     return [f'--minShapes={one(1)}', f'--optShapes={one(batch)}', f'--maxShapes={one(batch)}']
 
+# %% ../nbs/43a_runner.ipynb #11a776c3
 def tensorrt_command(
     onnx,           # The graph; for 8.5 one of opset 16
     engine,         # Where the engine goes
@@ -209,12 +211,13 @@ def graph_for(
     if 'jetpack5' not in files[source]: raise Refusal("TensorRT 8.5 has no LayerNormalization, and this bundle no graphs without it: make it with ditnano export --bundle --jetpack5")
     return files[source]['jetpack5']
 
-# %% ../nbs/43a_runner.ipynb #c426c1e4
+# %% ../nbs/43a_runner.ipynb #cb6fdcbb
 def instruments():
     "The module `jetson`: the file beside this one, or our package's."
     try: return importlib.import_module('ditnano.jetson' if __package__ or __name__=='__main__' else 'jetson')
     except ImportError: raise Refusal("jetson.py is missing beside runner.py: no latency without its card; copy the folder again") from None
 
+# %% ../nbs/43a_runner.ipynb #7e988feb
 def find_trtexec()->str: # Path
     "trtexec on the PATH, or where JetPack puts it."
     found = shutil.which('trtexec') or (TRTEXEC if os.path.isfile(TRTEXEC) else None)
@@ -230,6 +233,7 @@ def trtexec_version(
     if not found: raise Refusal("trtexec printed no banner with its version; say it: --tensorrt 10.3")
     return found
 
+# %% ../nbs/43a_runner.ipynb #821180b1
 def build_engine(
     onnx,           # The graph
     engine,         # Where the engine goes
@@ -281,7 +285,7 @@ def parity(
     limit = max(3*card['files'][precision].get('error', 0), FLOOR[precision])
     return {'error':error, 'largest':largest, 'limit':limit, 'images':len(x), 'passed':bool(error<=limit)} # NaN fails
 
-# %% ../nbs/43a_runner.ipynb #0ecd4ecf
+# %% ../nbs/43a_runner.ipynb #c8301585
 def machine()->dict:
     "This computer, in words that any machine has."
     cpu = ''
@@ -296,6 +300,7 @@ def peak_mb():
         with open('/proc/self/status') as f: return next(int(l.split()[1])/1024 for l in f if l.startswith('VmHWM'))
     except (OSError,StopIteration): return None
 
+# %% ../nbs/43a_runner.ipynb #09ff959d
 def time_batch(
     run,          # A runtime
     card,         # The bundle's card
@@ -313,6 +318,7 @@ def time_batch(
     report.card.update(machine=machine(), runtime=f'{run.name} {run.version}', where=run.where, precision=precision, guidance=card['guidance'], design=card['design'], weights=card['weights'])
     return report
 
+# %% ../nbs/43a_runner.ipynb #0c0147a2
 def row(
     report, # From `time_batch`
     card,   # The bundle's card
@@ -338,7 +344,7 @@ def make(
     out = np.concatenate([run(x[i:i+n], y[i:i+n]) for i in range(0, len(x), n)])
     return (out*127.5+128).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/43a_runner.ipynb #f12f6d43
+# %% ../nbs/43a_runner.ipynb #f7b21ad1
 def _arguments(argv):
     p = argparse.ArgumentParser('run.py', description="Check a student's images on this device, time them, and write result.json.")
     p.add_argument('--precision', default='fp32', help='fp32, fp16 or int8 (default %(default)s)')
@@ -354,6 +360,7 @@ def _arguments(argv):
     p.add_argument('--out', help='what to write (default result.json, or images.npy with --labels)')
     return p.parse_args(argv)
 
+# %% ../nbs/43a_runner.ipynb #b63928dc
 def _whole(path, write, mode='w'):
     "Write a file, whole or not at all."
     try:
@@ -371,7 +378,7 @@ def _images(run, card, a):
     _whole(out, lambda f: np.save(f, images), 'wb')
     print(f"{len(images)} images, uint8 {images.shape}, in {out}")
 
-# %% ../nbs/43a_runner.ipynb #5eea014a
+# %% ../nbs/43a_runner.ipynb #89e501c9
 def _build(folder, card, a):
     trtexec = find_trtexec()
     version, largest = a.tensorrt or trtexec_version(trtexec), card.get('batch') or max(a.batch or [128])
@@ -380,6 +387,7 @@ def _build(folder, card, a):
     command = build_engine(onnx, engine, a.precision, None if card.get('batch') else largest, version, trtexec, card['shape'])
     print(f"built {os.path.basename(engine)} with TensorRT {version}:\n  {' '.join(command)}")
 
+# %% ../nbs/43a_runner.ipynb #0a5c62d7
 def _measure(run, folder, card, a):
     "Parity, then time, then the record."
     found = parity(run, folder, card, a.precision)
@@ -395,6 +403,7 @@ def _measure(run, folder, card, a):
     _whole(a.out or 'result.json', lambda f: f.write(json.dumps(result, indent=1)+'\n'))
     print(f"wrote {a.out or 'result.json'}")
 
+# %% ../nbs/43a_runner.ipynb #ce11100b
 def main(
     argv=None,   # Arguments; None takes the command line's
     folder=None, # The bundle; None is where this file is

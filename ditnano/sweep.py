@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'STUDENTS', 'distill_run', 'latency_config', 'latency_run', 'sweep', 'probe_rate', 'teacher_flops',
-           'run_cost', 'missing', 'plan', 'bench_train', 'bench_sampling', 'cost_run', 'bench_recipes', 'ship']
+           'run_cost', 'missing', 'plan', 'bench_train', 'bench_sampling', 'bench_pairs', 'cost_run', 'bench_recipes',
+           'ship']
 
 # %% ../nbs/51_sweep.ipynb #2f0471ad
 import contextlib, json, math, os, subprocess, sys, time
@@ -326,6 +327,31 @@ def bench_sampling(
         t = time_sampling(randomise(DiT(DiTConfig(d,w,h))), batch, 50_000, batches, guidance, precision, device=device)
         rows.append({'depth':d, 'width':w, 'heads':h, 'params':count_params(d,w), **{k:t[k] for k in ('p50_ms','p90_ms','p99_ms','seconds_50k')},
                      'guidance':guidance, 'precision':precision, 'batches':t['batches'], 'machine':f"{t['card']['device_name']}, {t['card']['threads']} threads"})
+    return rows
+
+# %% ../nbs/51_sweep.ipynb #70f0308b
+def bench_pairs(
+    teacher:str='digits32', # Name, folder or .pkl
+    batch:int=32,           # Pairs at once
+    rounds:int=3,           # Rounds of both sides
+    steps:int=18,           # Heun steps
+    device:str='auto',      # Where
+)->list: # One dict per precision: pairs/s of the plain sampler and of ours, their ratio, and the relative difference of the images
+    "Pairs per second of ours beside the plain float32 sampler."
+    import torch
+    from ditnano.edm import load_teacher
+    from ditnano.latency import paired
+    from ditnano.pairs import _borrow, pairs_recipe, sample_pairs
+    from ditnano.repro import pick_device
+    device, net, rows = pick_device(device), load_teacher(teacher), []
+    plain, ours, exact = net.to(device), _borrow(net, device), pairs_recipe(net, net.name, steps)
+    def drawn(precision): return torch.inference_mode()(sample_pairs)(ours, range(batch), pairs_recipe(net, net.name, steps, precision=precision), device)[1]
+    reference = sample_pairs(plain, range(batch), exact, device)[1]
+    for precision in ('fp32','bf16'):
+        both = paired(lambda: sample_pairs(plain, range(batch), exact, device), lambda: drawn(precision), rounds, device, batch, max_warmup=1)
+        away = (drawn(precision)-reference).square().mean()/reference.square().mean()
+        rows.append({'teacher':net.name, 'ours in':precision, 'steps':steps, 'batch':batch, 'plain fp32 (pairs/s)':both.rates[0], 'ours (pairs/s)':both.rates[1], 'ratio':both.ratio,
+                     'quartiles':f'{both.low:.2f}-{both.high:.2f}', 'relative difference':away.sqrt().item(), 'threads':torch.get_num_threads()})
     return rows
 
 # %% ../nbs/51_sweep.ipynb #6304b1b6
