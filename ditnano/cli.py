@@ -55,7 +55,7 @@ def doctor():
     from ditnano.doctor import report
     print(report())
 
-# %% ../nbs/54_cli.ipynb #4d64d4c0
+# %% ../nbs/54_cli.ipynb #2d071cca
 def pairs(
     teacher:str='digits32',         # Name or folder of a teacher, or a released .pkl
     seeds:str='0-999',              # First and last seed
@@ -63,6 +63,7 @@ def pairs(
     steps:int=18,                   # Heun steps
     image_dtype:Literal['fp32','fp16']='fp32', # Precision of stored images
     store_noise:bool=True,          # Or make it again from the seeds when reading
+    precision:Literal['fp32','bf16']='fp32', # Of the teacher; bf16 is faster and a little different
     device:str='auto',              # Where the teacher runs
     get:Optional[Path]=None,        # Instead: a folder of GET's published pairs (latent/ and image/), to bring in
 ):
@@ -72,7 +73,7 @@ def pairs(
     """
     from ditnano.pairs import PairDataset, import_pairs, make_pairs
     if get: return print(PairDataset(import_pairs(get, out, image_dtype=image_dtype, log=print)))
-    print(PairDataset(make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device, log=print)))
+    print(PairDataset(make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device, log=print, precision=precision)))
 
 # %% ../nbs/54_cli.ipynb #a760bf2c
 def train(
@@ -183,25 +184,27 @@ def _loss_of(model):
     loss = ((model.card or {}).get('config') or (model.card or {}).get('identity') or {}).get('loss')
     return loss.get('name') if isinstance(loss, dict) else loss
 
-# %% ../nbs/54_cli.ipynb #fee8487b
+# %% ../nbs/54_cli.ipynb #bdd336f7
 def bench(
-    what:tyro.conf.Positional[Literal['sampling','train','recipes']]='sampling', # What is timed
+    what:tyro.conf.Positional[Literal['sampling','train','pairs','recipes']]='sampling', # What is timed
     students:str='5,64,8;7,192,12', # Designs, depth,width,heads;...
     batch:Optional[int]=None,       # Images at once; default 128 for sampling, 32 for training
     rounds:int=3,                   # Timed batches, or rounds of both sides
     guidance:float=1.5,             # Of sampling; 1 is off
     precision:Literal['fp32','bf16']='fp32', # Of sampling; training compares fp32 with ours
     loss:str='L2',                  # Of training, on all sides
+    teacher:str='digits32',         # Of pairs
     device:str='auto',              # Where
     out:Optional[Path]=None,        # CSV to write
 ):
-    """Time sampling, our training step beside a plain one, or all recipes side by side, on this machine.
+    """Time sampling, or our training step, pairs and recipes beside plain ones, on this machine.
 
     Example: ditnano bench train
     """
-    from ditnano.sweep import bench_recipes, bench_sampling, bench_train
+    from ditnano.sweep import bench_pairs, bench_recipes, bench_sampling, bench_train
     designs = [_numbers(s,'students',3) for s in students.split(';')]
     if what=='train': rows = bench_train(designs, batch or 32, rounds, loss)
+    elif what=='pairs': rows = bench_pairs(teacher, batch or 32, rounds, device=device)
     elif what=='recipes': rows = bench_recipes(designs[0], loss, batch or 32, seconds=rounds, device=device)
     else: rows = bench_sampling(designs, batch or 128, rounds, guidance, precision, device)
     _print_rows(rows)
