@@ -44,11 +44,12 @@ def check(
     if low<0 or high>card['labels']: raise Refusal(f"label {low if low<0 else high}; expected 0 to {card['labels']}")
     return np.ascontiguousarray(noise, np.float32), np.ascontiguousarray(labels, np.int64)
 
-# %% ../nbs/43a_runner.ipynb #a84a23d4
+# %% ../nbs/43a_runner.ipynb #5637b516
 class OnnxRuntime:
     "A graph in ONNX Runtime; on CUDA where its build has that, else on the CPU."
     name, suffix = 'onnxruntime', '.onnx'
     def __init__(self, path):
+        os.environ.setdefault('NVIDIA_TF32_OVERRIDE', '0') # on a GPU fp32 means fp32; read when CUDA starts
         ort = importlib.import_module('onnxruntime')
         options = ort.SessionOptions()
         options.log_severity_level = 3

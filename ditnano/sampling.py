@@ -301,13 +301,14 @@ def _to_safetensors(path, seeds, batches, cfg, how):
             told.extend(y.tolist())
         f.write(np.array([told,seeds], '<i8').tobytes())
 
-# %% ../nbs/40_sampling.ipynb #c5fa002f
+# %% ../nbs/40_sampling.ipynb #162e2264
 def _to_folder(path, seeds, batches, cfg, how):
     from PIL import Image
     if not (path/'samples.json').exists(): write_json(path/'samples.json', how)
+    left = iter(seeds)
     for x,y in batches:
         for picture,label in zip(to_bytes(x).permute(0,2,3,1).numpy(), y.tolist()):
-            with atomic(path/f'{seeds.pop(0):08d}-{label}.png') as tmp: Image.fromarray(picture.squeeze()).save(tmp, format='PNG')
+            with atomic(path/f'{next(left):08d}-{label}.png') as tmp: Image.fromarray(picture.squeeze()).save(tmp, format='PNG')
 
 def _still_missing(path, seeds, how):
     "Which seeds a folder does not hold yet; it has to be ours."
