@@ -83,7 +83,7 @@ def denoised(
         onehot = F.one_hot(labels, net.cfg.label_dim).float() if net.cfg.label_dim else None
         return net(x.contiguous(memory_format=torch.channels_last), sigma, onehot)
 
-# %% ../nbs/31b_dmd.ipynb #e2620215
+# %% ../nbs/31b_dmd.ipynb #69706dba
 class DMDRecipe(GETRecipe):
     "Distribution matching with a regression on pairs (DMD, Algorithm 1; Table 1, last row)."
     name = 'dmd'
@@ -96,8 +96,7 @@ class DMDRecipe(GETRecipe):
         clip:float=10.0,         # Largest gradient norm of the fake denoiser
     ):
         super().__init__(student, pairs, loss, seed)
-        if student.steps!=1: raise ValueError(f"DMD: a student of {student.steps} steps; expected 1")
-        _check(regression=regression, fake_lr=fake_lr, fake_warmup=fake_warmup, clip=clip)
+        _check(student, regression=regression, fake_lr=fake_lr, fake_warmup=fake_warmup, clip=clip)
         net = load_teacher(teacher) if isinstance(teacher,(str,Path)) else teacher
         self.teacher, self.partner = copy.deepcopy(net).eval().requires_grad_(False), copy.deepcopy(net).eval().requires_grad_(True)
         self.regression, self.sigma, self.fake = regression, noise_levels(LEVELS), (fake_lr,fake_warmup,clip)
@@ -131,8 +130,9 @@ class DMDRecipe(GETRecipe):
         noisy, sigma = perturb(x, self.sigma, 0, LEVELS-1, step)
         return fake_loss(denoised(self.partner, noisy, sigma, labels), x, sigma, getattr(self.teacher, 'sigma_data', 0.5))
 
-# %% ../nbs/31b_dmd.ipynb #d8559673
-def _check(**numbers):
+# %% ../nbs/31b_dmd.ipynb #66c2c238
+def _check(student, **numbers):
+    if student.steps!=1: raise ValueError(f"DMD: a student of {student.steps} steps; expected 1")
     for k,v in numbers.items():
         if isinstance(v,bool) or not isinstance(v,(int,float)) or not 0<=v<float('inf'): raise ValueError(f"DMD: {k}={v!r}; expected a number of 0 or more")
 
