@@ -70,7 +70,7 @@ class TARecipe(GETRecipe):
         c = self.assistant.condition(t, y)
         return self.match(self.assistant.decode(ours, c).float(), self.assistant.decode(theirs, c).float())
 
-# %% ../nbs/31c_assistant.ipynb #6aec214c
+# %% ../nbs/31c_assistant.ipynb #6edb4ee3
 FEATURES = ('decoded','cosine')
 
 @torch.no_grad()
@@ -90,6 +90,7 @@ def _expansion(narrow, wide, seed=0):
     nn.init.zeros_(E.bias)
     return E
 
+# %% ../nbs/31c_assistant.ipynb #ae8a86ea
 def _check(student, ta, weights, features):
     if not isinstance(ta, DiT): raise ValueError(f"TA: the assistant is {type(ta).__name__}; expected a trained DiT, its folder or its name")
     for k in ('image_size','patch','channels','classes'):

@@ -60,7 +60,7 @@ def _judge(student, config, folder, device):
     write_json(folder/'evaluation.json', card(e['samples'], data, e['judges'], config['loss']['name'], [seeds[0],seeds[-1]], e['guidance'], device=device))
     return {k:v for k,v in numbers.items() if k!='samples'}
 
-# %% ../nbs/51_sweep.ipynb #f6f1e526
+# %% ../nbs/51_sweep.ipynb #0ab8daec
 def distill_run(
     config:dict,        # From `distill_config`
     root,               # Folder of runs
@@ -81,6 +81,7 @@ def distill_run(
     if int(os.environ.get('RANK', 0)): return _follow(config, root, scale, device, log)
     return run_once(root, 'distill', config, compute, _name(config), scale, config['train']['seed'], force)
 
+# %% ../nbs/51_sweep.ipynb #302c2695
 def _follow(config, root, scale, device, log):
     "What the other processes of a distributed run do: their share of the training, then wait for the record."
     folder = Run(root, 'distill', config).folder
