@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'Timing', 'measure', 'cpu_clocks', 'gpu_clocks', 'device_card', 'extrapolate', 'batch_step', 'time_sampling',
-           'Paired', 'paired', 'gemm_rate', 'copy_bandwidth', 'share_of_limit']
+           'Paired', 'paired', 'gemm_rate', 'copy_bandwidth', 'share_of_limit', 'in_turns', 'bench_sampling',
+           'bench_lines']
 
-# %% ../nbs/42_latency.ipynb #329c1eb5
+# %% ../nbs/42_latency.ipynb #8dbc9569
 import contextlib, copy, math, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from .repro import fingerprint, pick_device
 from .config import DiTConfig
+from .dit import DiT, randomise
 from .principles import count_flops, count_params
 from .layers import set_attention
 from .edm import to_bytes
@@ -298,3 +300,70 @@ def share_of_limit(
     arithmetic, memory = flops/rate, traffic/bandwidth
     limit = max(arithmetic, memory)
     return {'limit_s':limit, 'bound':'arithmetic' if arithmetic>=memory else 'memory', 'share':limit/seconds, 'flops_per_s':flops/seconds}
+
+# %% ../nbs/42_latency.ipynb #f28c0507
+def in_turns(
+    fns:dict,       # {name: function without arguments}
+    rounds:int=5,   # Each calls every function once
+    device='cpu',   # Where their work runs
+    clock=time.perf_counter, # Seconds; replaced in tests
+)->dict: # {name: [seconds of each round]}
+    "Time several functions in turns."
+    if rounds<1: raise ValueError(f"in_turns: rounds={rounds}; expected 1 or more")
+    device,taken = pick_device(str(device)),{k:[] for k in fns}
+    for r in range(rounds):
+        for k in (list(fns) if r%2==0 else reversed(list(fns))): taken[k].append(_timed(fns[k], device, clock)[0])
+    return taken
+
+def _sides(model, noise, guidance, backends, precisions, device):
+    "What can run here, by (back-end, precision), and the images of each; the plain module comes first."
+    steps,images = {},{}
+    for key in dict.fromkeys([('eager','fp32'), *((b,p) for b in backends for p in precisions)]):
+        try: step = prepare(model, guidance, *key, device, len(noise[0]))
+        except (RuntimeError,ValueError) as e:
+            if key==('eager','fp32'): raise
+            print(f"left out: {key[0]} {key[1]} ({e})")
+            continue
+        given = [a.to(step.device) for a in noise]
+        steps[key] = lambda step=step, given=given: step(*given)
+        images[key] = [steps[key]() for _ in range(2)][-1].cpu()
+    return steps,images
+
+# %% ../nbs/42_latency.ipynb #5599085c
+def bench_sampling(
+    designs,                          # DiTConfigs, of one step or several
+    batch:int=128,                    # Images per call
+    backends=('eager','openvino'),    # As for `prepare`
+    precisions=('fp32','bf16'),       # Likewise; what a back-end does not compute in is left out, with a line that says so
+    guidance:float=1.,                # 1 is off
+    rounds:int=7,                     # Rounds of all of them
+    device='cpu',                     # Where the plain module runs
+    clock=time.perf_counter,          # Seconds; replaced in tests
+)->list: # A dict per design, back-end and precision
+    "Back-ends against the plain fp32 module, each round calling all: seconds, how many times as fast, and how far off."
+    rows,plain = [],('eager','fp32')
+    for cfg in designs:
+        model = randomise(DiT(cfg), 1).to(pick_device(str(device))).eval()
+        steps,images = _sides(model, [a for a in sample_inputs(range(batch), cfg, 'cpu')[:2]], guidance, backends, precisions, device)
+        taken,want = in_turns(steps, rounds, device, clock),images[plain]
+        for key,seconds in taken.items():
+            low,times,high = np.percentile(np.array(taken[plain])/np.array(seconds), [25,50,75]).tolist()
+            off = images[key]-want
+            errors = {'error':float(off.norm()/want.norm()), 'max_error':float(off.abs().max()/want.abs().max())}
+            ms = {f'p{p}_ms':1e3*float(np.percentile(seconds, p)) for p in (50,90,99)}
+            rows.append({'design':cfg.to_dict(), 'backend':key[0], 'precision':key[1], 'batch':batch, 'guidance':guidance, 'rounds':rounds} | ms
+                        | {'seconds_50k':ms['p50_ms']*50/batch, 'times':times, 'low':low, 'high':high} | errors)
+    return rows
+
+# %% ../nbs/42_latency.ipynb #d2301dc0
+def bench_lines(
+    rows:list, # From `bench_sampling`
+)->str:
+    "The rows as a table."
+    out = [f"{'design':>14}  {'back-end':<11} {'precision':<9} {'p50':>8} {'p90':>8} {'p99':>8}  {'times as fast':<17} {'error':>7} {'largest':>7}"]
+    for r in rows:
+        d = r['design']
+        name = f"({d['depth']}, {d['width']}, {d['heads']})"
+        out.append(f"{name:>14}  {r['backend']:<11} {r['precision']:<9} {r['p50_ms']:5.0f} ms {r['p90_ms']:5.0f} ms {r['p99_ms']:5.0f} ms  "
+                   f"{r['times']:5.2f} ({r['low']:.2f}-{r['high']:.2f}) {r['error']:8.0e} {r['max_error']:7.0e}")
+    return '\n'.join(out)
