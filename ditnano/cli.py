@@ -75,7 +75,7 @@ def pairs(
     if get: return print(PairDataset(import_pairs(get, out, image_dtype=image_dtype, log=print)))
     print(PairDataset(make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device, log=print, precision=precision)))
 
-# %% ../nbs/54_cli.ipynb #b30140cd
+# %% ../nbs/54_cli.ipynb #02c7793b
 def train(
     config:Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]=TrainConfig(images=100_000, batch=64, lr=1e-3), # How
     student:str='5,64,8',          # depth,width,heads; heads for each layer as 4-4-8-8-8
@@ -94,9 +94,7 @@ def train(
 
     Example: ditnano train --student 5,64,8 --pairs pairs/ --images 200000 --out student/
     """
-    if shipped:
-        from ditnano.sweep import ship
-        return print(ship(shipped, device))
+    if shipped: return _ship(shipped, device)
     from ditnano.train import Progress, fit
     if not config.clip: config = replace(config, clip=CLIPPED.get(recipe, 0.0))
     task = _task(recipe, _design(student, recipe, mlp_ratio=mlp_ratio, steps=steps), pairs, loss, config.seed, beside, _json(options))
@@ -104,7 +102,11 @@ def train(
     fit(task, config, out, device, callback=Progress('train')).ema_model().save_pretrained(Path(out)/'student', card)
     print(Path(out)/'student')
 
-# %% ../nbs/54_cli.ipynb #e442fc53
+# %% ../nbs/54_cli.ipynb #53b6a550
+def _ship(name, device):
+    from ditnano.sweep import ship
+    print(ship(name, device))
+
 def _task(recipe, design, pairs, loss, seed, beside, options):
     from ditnano.distill import make_recipe
     from ditnano.pairs import PairDataset, ensure_pairs
@@ -184,7 +186,7 @@ def _loss_of(model):
     loss = ((model.card or {}).get('config') or (model.card or {}).get('identity') or {}).get('loss')
     return loss.get('name') if isinstance(loss, dict) else loss
 
-# %% ../nbs/54_cli.ipynb #5123ddbb
+# %% ../nbs/54_cli.ipynb #d9691b90
 def export(
     weights:str='nano-digits',   # Shipped student or folder
     format:Literal['onnx','openvino']='onnx', # Of the file
@@ -206,14 +208,13 @@ def export(
     from ditnano.dit import DiT
     from ditnano.export import bundle as pack, quality as judged, to_onnx, to_openvino
     model, name = DiT.from_pretrained(weights), Path(weights).name
-    if bundle:
-        pack(model, bundle, name, guidance, batch=batch, jetpack5=jetpack5)
-        return print(f'{bundle}: copy it to the device, and there: python run.py')
+    if bundle: return print(f"{bundle}: {pack(model, bundle, name, guidance, batch=batch, jetpack5=jetpack5)['run']}, there or on the device")
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
     made = to_onnx(model, out, precision, guidance, batch, opset) if format=='onnx' else to_openvino(model, out, precision, guidance, batch)
     print(f"{out}: {made['bytes']:,} bytes")
     if quality: _say_quality(judged(model, out, judge, quality, data))
 
+# %% ../nbs/54_cli.ipynb #bc3dcba1
 def _say_quality(q):
     for k in (k for k in q['file'] if k!='samples'): print(f"{k} (n={q['samples']}): student {q['student'][k]:.4g}, file {q['file'][k]:.4g}")
     print(f"pixels: {q['pixels']:.2f} grey levels apart on average")
