@@ -219,10 +219,10 @@ def _say_quality(q):
     for k in (k for k in q['file'] if k!='samples'): print(f"{k} (n={q['samples']}): student {q['student'][k]:.4g}, file {q['file'][k]:.4g}")
     print(f"pixels: {q['pixels']:.2f} grey levels apart on average")
 
-# %% ../nbs/54_cli.ipynb #bdd336f7
+# %% ../nbs/54_cli.ipynb #7606c200
 def bench(
-    what:tyro.conf.Positional[Literal['sampling','train','pairs','recipes']]='sampling', # What is timed
-    students:str='5,64,8;7,192,12', # Designs, depth,width,heads;...
+    what:tyro.conf.Positional[Literal['tables','sampling','train','pairs','recipes']]='tables', # What is timed
+    students:str='5,64,8;7,192,12', # Designs, depth,width,heads;... (not for tables, which has the paper's)
     batch:Optional[int]=None,       # Images at once; default 128 for sampling, 32 for training
     rounds:int=3,                   # Timed batches, or rounds of both sides
     guidance:float=1.5,             # Of sampling; 1 is off
@@ -232,13 +232,16 @@ def bench(
     device:str='auto',              # Where
     out:Optional[Path]=None,        # CSV to write
 ):
-    """Time sampling, or our training step, pairs and recipes beside plain ones, on this machine.
+    """The paper's Tables 2 and 5 for this machine; or sampling, or our training step, pairs and recipes beside plain ones.
 
     Example: ditnano bench train
     """
-    from ditnano.sweep import bench_pairs, bench_recipes, bench_sampling, bench_train
+    from ditnano.sweep import bench_models, bench_pairs, bench_recipes, bench_sampling, bench_tables, bench_train
     designs = [_numbers(s,'students',3) for s in students.split(';')]
-    if what=='train': rows = bench_train(designs, batch or 32, rounds, loss)
+    if what=='tables':
+        _print_rows(bench_models(batch=batch or 128, rounds=min(rounds,2), device=device))
+        rows = bench_tables(batch=batch or 128, rounds=rounds, device=device)
+    elif what=='train': rows = bench_train(designs, batch or 32, rounds, loss)
     elif what=='pairs': rows = bench_pairs(teacher, batch or 32, rounds, device=device)
     elif what=='recipes': rows = bench_recipes(designs[0], loss, batch or 32, seconds=rounds, device=device)
     else: rows = bench_sampling(designs, batch or 128, rounds, guidance, precision, device)
