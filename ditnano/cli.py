@@ -219,7 +219,7 @@ def _say_quality(q):
     for k in (k for k in q['file'] if k!='samples'): print(f"{k} (n={q['samples']}): student {q['student'][k]:.4g}, file {q['file'][k]:.4g}")
     print(f"pixels: {q['pixels']:.2f} grey levels apart on average")
 
-# %% ../nbs/54_cli.ipynb #7606c200
+# %% ../nbs/54_cli.ipynb #bdef68d3
 def bench(
     what:tyro.conf.Positional[Literal['tables','sampling','train','pairs','recipes']]='tables', # What is timed
     students:str='5,64,8;7,192,12', # Designs, depth,width,heads;... (not for tables, which has the paper's)
@@ -238,9 +238,8 @@ def bench(
     """
     from ditnano.sweep import bench_models, bench_pairs, bench_recipes, bench_sampling, bench_tables, bench_train
     designs = [_numbers(s,'students',3) for s in students.split(';')]
-    if what=='tables':
-        _print_rows(bench_models(batch=batch or 128, rounds=min(rounds,2), device=device))
-        rows = bench_tables(batch=batch or 128, rounds=rounds, device=device)
+    if what=='tables': _print_rows(bench_models(batch=batch or 128, rounds=min(rounds,2), device=device))
+    if what=='tables': rows = bench_tables(batch=batch or 128, rounds=rounds, device=device)
     elif what=='train': rows = bench_train(designs, batch or 32, rounds, loss)
     elif what=='pairs': rows = bench_pairs(teacher, batch or 32, rounds, device=device)
     elif what=='recipes': rows = bench_recipes(designs[0], loss, batch or 32, seconds=rounds, device=device)

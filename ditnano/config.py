@@ -225,7 +225,7 @@ SMOKE = Scale(experiments={
     'layer_heads':{'layouts':[[4]*6,[1,2,4,8,16,32],[32,16,8,4,2,1],[1,1,4,4,16,16]]},
     'steps':{'steps':[1,2,4]},
     'recipes':{'recipes':[], 'assistant':[4,192,12], 'seconds':2.0},
-    'roofline':{'designs':[[5,64,8],[7,128,8],[7,192,12]], 'rounds':3},
+    'backends':{'designs':[[5,64,8],[7,192,12]], 'rounds':3},
     'latency':{'designs':_EVERY, 'off_for':[[5,64,8],[7,128,8],[7,192,12]]},
 })
 
