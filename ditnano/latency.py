@@ -329,11 +329,11 @@ def _sides(model, noise, guidance, backends, precisions, device):
         images[key] = [steps[key]() for _ in range(2)][-1].cpu()
     return steps,images
 
-# %% ../nbs/42_latency.ipynb #5599085c
+# %% ../nbs/42_latency.ipynb #e9b92089
 def bench_sampling(
     designs,                          # DiTConfigs, of one step or several
     batch:int=128,                    # Images per call
-    backends=('eager','openvino'),    # As for `prepare`
+    backends=('eager','native','openvino'), # As for `prepare`
     precisions=('fp32','bf16'),       # Likewise; what a back-end does not compute in is left out, with a line that says so
     guidance:float=1.,                # 1 is off
     rounds:int=7,                     # Rounds of all of them

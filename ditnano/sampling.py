@@ -119,11 +119,11 @@ def _step(model, guidance, backend, precision, device, batch):
             return _settle(net, x, y, z0, dtype) if is_get else _walk(net, x, y, guidance, dtype)
     return step
 
-# %% ../nbs/40_sampling.ipynb #7cd0a2a7
+# %% ../nbs/40_sampling.ipynb #d3204c02
 def prepare(
     model,                 # A DiT, a FoldedDiT or a GET
     guidance:float=1.5,    # 1 is off, one pass a step; otherwise two passes in one batch; 1 for a GET
-    backend:str='eager',   # 'eager', 'compiled', 'openvino', 'onnxruntime' or 'tensorrt'
+    backend:str='eager',   # 'eager', 'compiled', 'native', 'openvino', 'onnxruntime' or 'tensorrt'
     precision:str='fp32',  # 'fp32', 'bf16' or 'fp16', as far as back-end and device compute in it
     device=None,           # 'cpu', 'cuda', ...; None is where the model is, or the one that the back-end knows
     batch:int=None,        # Images to expect at once; None is many
@@ -179,8 +179,8 @@ def sample_inputs(
     x,y = noise_and_labels(seeds, (cfg.channels,cfg.image_size,cfg.image_size), cfg.classes or 1)
     return x.to(device), y.to(device), start_noise(seeds, cfg).to(device) if isinstance(cfg, GETConfig) else None
 
-# %% ../nbs/40_sampling.ipynb #25a43219
-MOST = {'cpu':32, 'mps':256, 'cuda':4096, 'openvino':512, 'onnxruntime':512, 'tensorrt':1024} # Images at once
+# %% ../nbs/40_sampling.ipynb #0da9c360
+MOST = {'cpu':32, 'mps':256, 'cuda':4096, 'native':512, 'openvino':512, 'onnxruntime':512, 'tensorrt':1024} # Images at once
 
 def free_memory(
     device, # A torch device
@@ -202,7 +202,6 @@ def image_memory(
     kept = tokens*cfg.width*(6+2*ratio+3*getattr(cfg, 'eq_depth', 0)) + 3*explicit*h*tokens**2
     return int((1 if guidance==1 else 2)*(4 if precision=='fp32' else 2)*kept) + 16*cfg.channels*cfg.image_size**2
 
-# %% ../nbs/40_sampling.ipynb #68cc226f
 def fitting_batch(
     model, guidance=1.5, backend='eager', precision='fp32', # As for `prepare`
     device=None, # As for `prepare`
@@ -243,13 +242,13 @@ def _collect(n, batches):
         i += len(x)
     return out
 
-# %% ../nbs/40_sampling.ipynb #cbfdcc1f
+# %% ../nbs/40_sampling.ipynb #026d9733
 def sample(
     model,                # A DiT, a FoldedDiT or a GET
     seeds,                # One per image: a range, a list, a tensor
     labels=None,          # None draws them from the seeds; one label for all; or one per image
     guidance:float=1.5,   # 1 is off, one pass a step; otherwise two passes in one batch; 1 for a GET
-    backend:str='eager',  # 'eager', 'compiled', 'openvino', 'onnxruntime' or 'tensorrt'
+    backend:str='eager',  # 'eager', 'compiled', 'native', 'openvino', 'onnxruntime' or 'tensorrt'
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16', as far as back-end and device compute in it
     batch:int=None,       # Images at once; None is as many as is good
     device=None,          # None is where the model is, or the one that the back-end knows
