@@ -172,6 +172,7 @@ def _processor():
 
 def _has_bf16(cc): return '__AVX512BF16__' in subprocess.run([cc,'-march=native','-dM','-E','-x','c',os.devnull], capture_output=True, text=True).stdout
 
+# %% ../nbs/38a_native.ipynb #247fafc0
 def library(
     text:str,    # C, from `source`
     folder=None, # Where compiled code is kept; None is `native` in the cache folder
@@ -206,6 +207,7 @@ def _table(e, parts, plus): # (K+1, parts, D'), scales with their 1
     t[:,plus] += 1
     return _wide(t)
 
+# %% ../nbs/38a_native.ipynb #7b122cbf
 def _weights(one, bf16):
     "All tensors of the network, in the order of the C structures."
     s,cfg = one.student,one.cfg

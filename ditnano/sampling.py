@@ -202,6 +202,7 @@ def image_memory(
     kept = tokens*cfg.width*(6+2*ratio+3*getattr(cfg, 'eq_depth', 0)) + 3*explicit*h*tokens**2
     return int((1 if guidance==1 else 2)*(4 if precision=='fp32' else 2)*kept) + 16*cfg.channels*cfg.image_size**2
 
+# %% ../nbs/40_sampling.ipynb #68cc226f
 def fitting_batch(
     model, guidance=1.5, backend='eager', precision='fp32', # As for `prepare`
     device=None, # As for `prepare`
