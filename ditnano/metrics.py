@@ -129,7 +129,7 @@ def exact_convolutions():
     finally: torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = was
 
 # %% ../nbs/41_metrics.ipynb #f0c6b5ba
-EXTRACTORS = {'digitsnet':'digits32', 'cifarnet':'cifar10', 'squeezenet':None, 'inception':None}
+EXTRACTORS = {'digitsnet':'digits32', 'cifarnet':'cifar10', 'digitslens':'digits32', 'cifarlens':'cifar10', 'squeezenet':None, 'inception':None}
 INCEPTION = 'weights-inception-2015-12-05-6726825d.pth'
 RESIZE = 64  # pixels on a side that SqueezeNet sees
 

@@ -474,7 +474,7 @@ def speed_run(
     return run_once(root, 'speed', config, compute, f"speed {tuple(design)}", scale)
 
 # %% ../nbs/51_sweep.ipynb #cd1eaa4e
-STUDENTS = {'nano-digits':('cpu',(5,64,8),0)}  # name: scale, design, seed
+STUDENTS = {'nano-digits':('cpu',(5,64,8),0,280_000)}  # name: scale, design, seed, images seen
 
 def ship(
     name:str,          # A row of `STUDENTS`, of `teachers.SHIPPED`, or 'pairs-digits32'
@@ -491,8 +491,8 @@ def ship(
     if name=='pairs-digits32': return make_pairs('digits32', range(480), out, shard=480, image_dtype='fp16', store_noise=False, device=device, log=print)
     if name in SHIPPED: return make_shipped(name, out, device=device, log=Progress(name))
     if name not in STUDENTS: raise ValueError(f"shipped {name!r}; expected one of {', '.join([*SHIPPED,*STUDENTS,'pairs-digits32'])}")
-    scale, design, seed = STUDENTS[name]
-    root, config = root or runs_dir(), distill_config(load_scale(scale), design, seed)
+    scale, design, seed, images = STUDENTS[name]
+    root, config = root or runs_dir(), distill_config(load_scale(scale), design, seed, images=images)
     record = distill_run(config, root, scale, device, Progress(name))
     card = {k:record[k] for k in ('scale','config','metrics','samples','device','seconds','key')}
     DiT.from_pretrained(Run(root,'distill',config).folder/'student').save_pretrained(out, card, half=True)
