@@ -19,7 +19,7 @@ from .mi1 import MI1Recipe
 from .pairs import PairDataset, ensure_pairs
 from .recipe import GETModelRecipe, GETRecipe
 from .repro import pick_device
-from .train import _prepare, train_step
+from .train import prepare_training, train_step
 
 # %% ../nbs/32_distill.ipynb #32a8bd26
 RECIPES = {r.name:r for r in (GETRecipe, DMDRecipe, TARecipe, MI1Recipe, GETModelRecipe)}
@@ -69,7 +69,7 @@ def _memory(device, field):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
 
 def _step_times(task, how, device, seconds):
-    accelerator, state = _prepare(task, how, device.type)
+    accelerator, state = prepare_training(task, how, device.type)
     state.model.train()
     taken, end = [], time.monotonic()+seconds
     while len(taken)<5 or time.monotonic()<end:

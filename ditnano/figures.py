@@ -153,7 +153,7 @@ def open_runs(
     for kind in MEASURED: keep = keep | (found.kind.eq(kind) & ~found.scale.isin(found[here & (found.kind==kind)].scale.unique()))
     return load_scale(scale), found[keep | ~found.kind.isin(MEASURED)].reset_index(drop=True), out
 
-MEASURED = ('latency','cost','speed')  # Measurements of a machine: this one's take the place of others'
+MEASURED = ('latency','cost','speed','export')  # Measurements of a machine: this one's take the place of others'
 
 def publish_drawn(
     frame, # Rows that were drawn

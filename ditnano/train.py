@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_order', 'Step', 'learning_rate', 'ema_decay', 'update_ema', 'State', 'save_state', 'load_state',
-           'read_history', 'Progress', 'train_step', 'fit']
+           'read_history', 'Progress', 'prepare_training', 'train_step', 'fit']
 
 # %% ../nbs/31_train.ipynb #ee824cd6
 import copy, json, math, sys, time, warnings
@@ -186,8 +186,12 @@ class Progress:
         if line['images']>=line['of']: self.bar.close()
 
 # %% ../nbs/31_train.ipynb #0e8e0fb2
-def _prepare(task, cfg, device):
-    "Accelerator and a fresh state on its device."
+def prepare_training(
+    task,            # What is trained
+    cfg:TrainConfig, # How
+    device,          # 'auto', 'cpu', 'cuda'
+)->tuple: # An `accelerate.Accelerator` and a fresh State on its device
+    "Where and with what a run begins; a batch that the processes cannot share evenly is refused."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # without ipywidgets tqdm complains at import
         from accelerate import Accelerator
@@ -262,7 +266,7 @@ def fit(
 )->State:
     "Train, or go on training; raises ValueError for a foreign checkpoint, FloatingPointError for a loss that is not finite."
     file, log, identity = Path(folder)/'state.safetensors', Path(folder)/'history.jsonl', {'train':cfg.to_dict(), 'task':task.identity}
-    accelerator, state = _prepare(task, cfg, device)
+    accelerator, state = prepare_training(task, cfg, device)
     if file.exists(): load_state(state, file, identity)
     _cut_history(log, state.step)
     model = accelerator.prepare_model(state.model).train()
