@@ -262,7 +262,7 @@ def gemm_rate(
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16'
     device='cpu',         # Where to multiply
     size:int=None,        # Side of the matrices; default 768, on a GPU 8192
-    repeats:int=5,        # Products, of which the fastest counts
+    repeats:int=100,      # Products, of which the fastest counts
 )->float: # FLOP/s, 2 per multiply-add
     "The rate that a large square matrix product reaches."
     if precision not in DTYPES: raise ValueError(f"precision {precision!r}; expected one of {', '.join(DTYPES)}")
@@ -274,7 +274,7 @@ def gemm_rate(
 def copy_bandwidth(
     device='cpu',    # Whose memory
     mib:int=None,    # Size of the copied block; default 128 MiB, on a GPU 1024
-    repeats:int=5,   # Copies, of which the fastest counts
+    repeats:int=10,  # Copies, of which the fastest counts
 )->float: # Bytes/s, read and written ones both counted
     "The bytes per second of a large copy within one memory."
     device = pick_device(str(device))
@@ -360,10 +360,10 @@ def bench_lines(
     rows:list, # From `bench_sampling`
 )->str:
     "The rows as a table."
-    out = [f"{'design':>14}  {'back-end':<11} {'precision':<9} {'p50':>8} {'p90':>8} {'p99':>8}  {'times as fast':<17} {'error':>7} {'largest':>7}"]
+    out = [f"{'design':>18}  {'back-end':<11} {'precision':<9} {'p50':>8} {'p90':>8} {'p99':>8}  {'times as fast':<17} {'error':>7} {'largest':>7}"]
     for r in rows:
         d = r['design']
-        name = f"({d['depth']}, {d['width']}, {d['heads']})"
-        out.append(f"{name:>14}  {r['backend']:<11} {r['precision']:<9} {r['p50_ms']:5.0f} ms {r['p90_ms']:5.0f} ms {r['p99_ms']:5.0f} ms  "
+        name = f"({d['depth']}, {d['width']}, {d['heads']})"+(f" x {d['steps']}" if d['steps']>1 else '')
+        out.append(f"{name:>18}  {r['backend']:<11} {r['precision']:<9} {r['p50_ms']:5.0f} ms {r['p90_ms']:5.0f} ms {r['p99_ms']:5.0f} ms  "
                    f"{r['times']:5.2f} ({r['low']:.2f}-{r['high']:.2f}) {r['error']:8.0e} {r['max_error']:7.0e}")
     return '\n'.join(out)
