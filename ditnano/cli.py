@@ -18,7 +18,7 @@ from .experiments import CLIPPED, EXPERIMENTS
 from .principles import propose
 from .repro import repo_root, runs_dir, write_json
 
-# %% ../nbs/54_cli.ipynb #9cde063f
+# %% ../nbs/54_cli.ipynb #ce3eba52
 def _numbers(text, what, n=None):
     try: out = tuple(int(v) for v in text.split(','))
     except ValueError: raise ValueError(f"{what} {text!r}; expected whole numbers, as in {'5,64,8' if n==3 else '3,5'}") from None
@@ -128,26 +128,29 @@ def _json(text):
     if not isinstance(found, dict): raise ValueError(f"options {text!r}; expected JSON, as in '{{\"layers\": [3, 6]}}'")
     return found
 
-# %% ../nbs/54_cli.ipynb #9c1f94a9
+# %% ../nbs/54_cli.ipynb #b5230ad8
 def sample(
     weights:str='nano-digits',    # Shipped student or folder
     labels:Optional[str]=None,    # Classes, dealt out in turn, as in 3,5; default all in turn
     seeds:str='0-39',             # First and last seed, an image each
     guidance:float=1.5,           # Classifier-free guidance; 1 is off
-    out:Path=Path('samples.png'), # Picture to write
-    zoom:int=2,                   # Pixels per pixel
-    precision:Literal['fp32','bf16']='fp32', # Of the network
+    out:Path=Path('samples.png'), # Sheet to write; or .npy, .safetensors or a folder that is there, for any number of images
+    zoom:int=2,                   # Pixels of the sheet per pixel
+    backend:Literal['eager','compiled','native','openvino','onnxruntime','tensorrt']='eager', # What computes
+    precision:Literal['fp32','bf16','fp16']='fp32', # Of the network, as far as back-end and device compute in it
     device:str='auto',            # Where
 ):
-    """Draw a sheet of pictures with a student, in one step.
+    """Draw pictures with a student, in one step.
 
     Example: ditnano sample --weights nano-digits --labels 3,5 --guidance 1.5 --out grid.png
     """
     from ditnano.get import load_model
-    from ditnano.sampling import sample, save_grid
+    from ditnano.sampling import sample, sample_to, save_grid
     model, many = load_model(weights), _seeds(seeds)
     asked = _numbers(labels,'labels') if labels else range(model.cfg.classes)
-    save_grid(sample(model, many, [asked[k%len(asked)] for k in range(len(many))], guidance, precision=precision, device=device), out, columns=min(10,len(many)), scale=zoom)
+    what, how = [asked[k%len(asked)] for k in range(len(many))], dict(guidance=guidance, backend=backend, precision=precision, device=None if device=='auto' and backend not in ('eager','compiled') else device)
+    if out.is_dir() or out.suffix in ('.npy','.safetensors'): return print(f'{out}: {sample_to(out, model, many, what, **how)} images written')
+    save_grid(sample(model, many, what, **how), out, columns=min(10,len(many)), scale=zoom)
     print(out)
 
 # %% ../nbs/54_cli.ipynb #d81e662e
@@ -221,7 +224,7 @@ def _say_quality(q):
     for k in (k for k in q['file'] if k!='samples'): print(f"{k} (n={q['samples']}): student {q['student'][k]:.4g}, file {q['file'][k]:.4g}")
     print(f"pixels: {q['pixels']:.2f} grey levels apart on average")
 
-# %% ../nbs/54_cli.ipynb #bdef68d3
+# %% ../nbs/54_cli.ipynb #8214a6fc
 def bench(
     what:tyro.conf.Positional[Literal['tables','sampling','train','pairs','recipes']]='tables', # What is timed
     students:str='5,64,8;7,192,12', # Designs, depth,width,heads;... (not for tables, which has the paper's)

@@ -64,12 +64,14 @@ def _nvidia():
 
 # %% ../nbs/53a_doctor.ipynb #ed56d4f5
 LIBRARIES = {'lpips':('LPIPS', 'pip install lpips'), 'torch_fidelity':('FID and IS', 'pip install torch-fidelity'), 'papermill':('ditnano paper', "pip install 'ditnano[notebooks]'"),
-             'submitit':('sweeps on Slurm', "pip install 'ditnano[cluster]'")}
+             'submitit':('sweeps on Slurm', "pip install 'ditnano[cluster]'"), 'onnx':('ditnano export', "pip install 'ditnano[export]'"),
+             'onnxruntime':('exported files, and sampling by them', "pip install 'ditnano[export]'"), 'openvino':('sampling by OpenVINO', "pip install 'ditnano[export]'")}
 
 def _tools():
     for name,(needed,get) in LIBRARIES.items(): yield Finding(name, importlib.util.find_spec(name) is not None, 'python package', needed, get)
-    compiler = next((c for c in ('g++','clang++','c++') if shutil.which(c)), '')
-    yield Finding('C++ compiler', bool(compiler), shutil.which(compiler) or 'PATH', 'torch.compile on the CPU', 'apt install g++')
+    for language,names,needed in (('C',('cc','gcc','clang'),"backend='native', the fastest on a CPU"), ('C++',('g++','clang++','c++'),'torch.compile on the CPU')):
+        found = next(filter(None, map(shutil.which, names)), None)
+        yield Finding(f'{language} compiler', found is not None, found or 'PATH', needed, f"apt install {'gcc' if language=='C' else 'g++'}")
     gpu = shutil.which('nvidia-smi')
     yield Finding('NVIDIA driver', bool(gpu), gpu or 'PATH', 'training at scale gpu', 'a machine with an NVIDIA GPU')
 

@@ -7,7 +7,7 @@ __all__ = ['DTYPES', 'Timing', 'measure', 'cpu_clocks', 'gpu_clocks', 'device_ca
            'Paired', 'paired', 'gemm_rate', 'copy_bandwidth', 'share_of_limit', 'in_turns', 'bench_sampling',
            'bench_lines']
 
-# %% ../nbs/42_latency.ipynb #8dbc9569
+# %% ../nbs/42_latency.ipynb #0e31786b
 import contextlib, copy, math, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .dit import DiT, randomise
 from .principles import count_flops, count_params
 from .layers import set_attention
 from .edm import to_bytes
-from .sampling import prepare, sample_inputs
+from .sampling import BACKENDS, prepare, sample_inputs
 
 # %% ../nbs/42_latency.ipynb #3e9cca94
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def paired(
     low, ratio, high = np.percentile(ratios, [25,50,75]).tolist()
     return Paired(*(Timing.of(w,*s,g) for w,s,g in zip(walls,warm,gpus)), ratio, low, high, rounds, items)
 
-# %% ../nbs/42_latency.ipynb #feecbdd7
+# %% ../nbs/42_latency.ipynb #77c6c68d
 DTYPES = {'fp32':torch.float32, 'bf16':torch.bfloat16, 'fp16':torch.float16}
 
 def gemm_rate(
@@ -301,7 +301,7 @@ def share_of_limit(
     limit = max(arithmetic, memory)
     return {'limit_s':limit, 'bound':'arithmetic' if arithmetic>=memory else 'memory', 'share':limit/seconds, 'flops_per_s':flops/seconds}
 
-# %% ../nbs/42_latency.ipynb #f28c0507
+# %% ../nbs/42_latency.ipynb #f842cd16
 def in_turns(
     fns:dict,       # {name: function without arguments}
     rounds:int=5,   # Each calls every function once
@@ -319,7 +319,7 @@ def _sides(model, noise, guidance, backends, precisions, device):
     "What can run here, by (back-end, precision), and the images of each; the plain module comes first."
     steps,images = {},{}
     for key in dict.fromkeys([('eager','fp32'), *((b,p) for b in backends for p in precisions)]):
-        try: step = prepare(model, guidance, *key, device, len(noise[0]))
+        try: step = prepare(model, guidance, *key, device if key[0] in ('eager','compiled') else None, len(noise[0]))
         except (RuntimeError,ValueError) as e:
             if key==('eager','fp32'): raise
             print(f"left out: {key[0]} {key[1]} ({e})")
@@ -329,7 +329,7 @@ def _sides(model, noise, guidance, backends, precisions, device):
         images[key] = [steps[key]() for _ in range(2)][-1].cpu()
     return steps,images
 
-# %% ../nbs/42_latency.ipynb #e9b92089
+# %% ../nbs/42_latency.ipynb #8f0f9377
 def bench_sampling(
     designs,                          # DiTConfigs, of one step or several
     batch:int=128,                    # Images per call
@@ -341,6 +341,9 @@ def bench_sampling(
     clock=time.perf_counter,          # Seconds; replaced in tests
 )->list: # A dict per design, back-end and precision
     "Back-ends against the plain fp32 module, each round calling all: seconds, how many times as fast, and how far off."
+    for what,given,known in (('backend',backends,BACKENDS), ('precision',precisions,DTYPES)):
+        for g in given:
+            if g not in known: raise ValueError(f"{what} {g!r}; expected some of {', '.join(known)}")
     rows,plain = [],('eager','fp32')
     for cfg in designs:
         model = randomise(DiT(cfg), 1).to(pick_device(str(device))).eval()
@@ -355,7 +358,7 @@ def bench_sampling(
                         | {'seconds_50k':ms['p50_ms']*50/batch, 'times':times, 'low':low, 'high':high} | errors)
     return rows
 
-# %% ../nbs/42_latency.ipynb #d2301dc0
+# %% ../nbs/42_latency.ipynb #ca54e3b3
 def bench_lines(
     rows:list, # From `bench_sampling`
 )->str:

@@ -186,7 +186,7 @@ def free_memory(
     device, # A torch device
 )->int: # Bytes; 2 GiB where nobody says
     "Memory that is free on a device."
-    if device.type=='cuda': return torch.cuda.mem_get_info(device)[0]
+    if device.type=='cuda' and torch.cuda.is_available(): return torch.cuda.mem_get_info(device)[0]
     try: return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError, OSError, ValueError): return 2<<30
 
