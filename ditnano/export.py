@@ -47,18 +47,25 @@ def _trial(model, guidance, seeds):
     step = prepare(model, guidance, device='cpu')
     return x.numpy(), y.numpy(), step(x, y).numpy()
 
-# %% ../nbs/44_export.ipynb #be5d5047
+# %% ../nbs/44_export.ipynb #a962380c
 def open_file(
     path, # .onnx, .xml or .engine
 ): # f(noise, labels) -> images, numpy
-    "A file in the runtime that is for it."
+    "A file in the runtime that is for it; wrong shapes and labels are refused by the file's own card."
     kinds = {'.onnx':(runner.OnnxRuntime,'onnxruntime'), '.xml':(runner.OpenVino,'openvino'), '.engine':(runner.TensorRT,'tensorrt')}
     path = Path(path)
     if path.suffix not in kinds: raise ValueError(f"{path.name}: expected a file with the suffix {', '.join(kinds)}")
     if not path.is_file(): raise FileNotFoundError(f"no file {path.name} in {path.parent.name or '.'}")
     make, package = kinds[path.suffix]
     if package!='tensorrt': _need(package)
-    return make(path)
+    run, card = make(path), describe(path) if path.suffix!='.onnx' or importlib.util.find_spec('onnx') else {}
+    return lambda noise, labels: run(*_fitting(noise, labels, card))
+
+def _fitting(noise, labels, card):
+    if not card: return noise, labels
+    noise, labels = runner.check(noise, labels, card)
+    if card['batch'] not in (None, len(noise)): raise Refusal(f"{len(noise)} images; expected {card['batch']}, which the file was made for")
+    return noise, labels
 
 def _error(got, want):
     if not np.isfinite(got).all(): raise FloatingPointError("the file's images are not finite: too large for its precision?")
