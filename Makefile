@@ -34,11 +34,11 @@ $(STAMP): constraints.txt settings.ini setup.py
 	  $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info>=(3,11) else "")')
 	@touch $@
 
-paper: $(STAMP) ## Every table and figure into paper_figures/ (SCALE=smoke, cpu, gpu, paper)
+paper: $(STAMP) ## Every table and figure into paper_figures/, from the best evidence (SCALE=smoke, cpu, gpu, paper: run what is missing there first)
 	$(BIN)/ditnano paper $(if $(SCALE),--scale $(SCALE))
 
-smoke: $(STAMP) ## The same at scale smoke, experiments included: proof that every path works
-	$(BIN)/ditnano paper --scale smoke
+smoke: $(STAMP) ## Everything again at scale smoke, experiments included, into paper_figures/smoke: proof that every path works
+	$(BIN)/ditnano paper --scale smoke --out paper_figures/smoke
 
 test: $(STAMP) ## Every notebook top to bottom, and the tests of the public contract
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests

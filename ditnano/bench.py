@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'TABLE_2', 'TABLE_5', 'BACKENDS', 'FILES', 'bench_train', 'bench_pairs', 'cost_run', 'bench_recipes',
-           'bench_tables', 'bench_models', 'speed_run', 'export_run']
+           'bench_tables', 'bench_models', 'speed_run', 'export_run', 'sheet_run']
 
-# %% ../nbs/51a_bench.ipynb #4548260a
+# %% ../nbs/51a_bench.ipynb #5170d0b9
 import tempfile
 from pathlib import Path
 
 from .config import DiTConfig, GETConfig, Scale, TrainConfig
-from .experiments import as_student
+from .experiments import EVAL_SEED, as_student
 from .principles import count_flops, count_params
 from .runs import run_once
 
@@ -255,3 +255,23 @@ def export_run(
         with tempfile.TemporaryDirectory() as d: metrics = _file_numbers(model, file, Path(d), scale.judges[0], samples, scale.data)
         return {'metrics':metrics, 'samples':samples, 'device':where}
     return run_once(root, 'export', config, compute, f'{name} as {file}', scale.name)
+
+# %% ../nbs/51a_bench.ipynb #4463938e
+def sheet_run(
+    name:str,  # A shipped student, or a folder
+    root,      # Folder of runs
+    scale:str, # Name of the scale under which it is filed
+)->dict: # The record; its picture is samples.png, ten columns, a class each
+    "Draw with a trained student, unless that is done."
+    import json
+    from ditnano.dit import DiT, find_student
+    from ditnano.export import weights_hash
+    from ditnano.repro import fingerprint, pick_device
+    from ditnano.sampling import balanced_labels, sample, save_grid
+    model, card = DiT.from_pretrained(name), json.loads((find_student(name)/'config.json').read_text()).get('card') or {}
+    trained = {k:card.get(k) for k in ('scale','key','samples')} | {k:(card.get('config') or {}).get(k) for k in ('data','loss','train')}
+    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'trained':trained, 'eval':{'samples':40, 'guidance':1.5, 'judges':[], 'seed':EVAL_SEED}}
+    def compute(folder):
+        save_grid(sample(model, range(EVAL_SEED, EVAL_SEED+40), balanced_labels(40)), folder/'samples.png', columns=10, scale=2)
+        return {'metrics':card.get('metrics') or {}, 'samples':card.get('samples') or 0, 'device':fingerprint(pick_device('cpu')), 'artefacts':['samples.png']}
+    return run_once(root, 'sheet', config, compute, Path(name).name, scale)

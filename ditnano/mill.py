@@ -10,7 +10,7 @@ import ast, json, os, re, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .config import load_scale
+from .config import Scale, load_scale
 from .repro import content_hash, figures_dir, file_hash, repo_root, runs_dir, weights_dir, write_json
 from .runs import read_result, record_hash
 
@@ -139,7 +139,7 @@ def _results(folders, scale):
     found = {}
     for f in (f.parent for folder in folders for f in sorted(Path(folder).glob('*/result.json'))):
         r = read_result(f)
-        if scale in (r['scale'], *r.get('also',[])): found.setdefault(f.name, record_hash(r))
+        if scale in ('best', r['scale'], *r.get('also',[])): found.setdefault(f.name, record_hash(r))
     return found
 
 def _code(source):
@@ -212,7 +212,7 @@ def _each(pool, paths, one):
 # %% ../nbs/53_mill.ipynb #ff4829fb
 def mill(
     notebooks,         # Paths
-    scale='smoke',     # Name of a scale, or path of its YAML file
+    scale='smoke',     # Name of a scale, path of its YAML file, or 'best' for drawings of the best that has been run
     workers:int=1,     # Notebooks at a time
     runs='',           # Folder of runs; `runs/` in the repository by default
     out='',            # Folder of figures; `paper_figures/` in the repository by default
@@ -220,7 +220,8 @@ def mill(
     say=say_now,       # Takes the lines of progress
 )->list: # One dict per notebook: notebook, seconds, skipped
     "Run notebooks at a scale: experiments first, drawings last, and those only where something changed."
-    loaded, name = load_scale(scale), str(Path(scale).resolve()) if str(scale).endswith(('.yaml','.yml')) else str(scale)
+    loaded = Scale('best') if scale=='best' else load_scale(scale)
+    name = str(Path(scale).resolve()) if str(scale).endswith(('.yaml','.yml')) else str(scale)
     runs, out = (str(Path(p).resolve()) if p else '' for p in (runs, out))
     _check_stems(loaded, notebooks)
     told = {p:_told(p, loaded, name, runs, out) for p in map(Path, notebooks)}

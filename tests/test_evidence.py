@@ -1,0 +1,51 @@
+"""Every number in paper_figures/ comes from a committed record: walk all of them, and draw the tables again from these records alone."""
+import json, shutil
+from pathlib import Path
+
+import pytest
+
+from ditnano.runs import read_result, record_hash, run_key
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT/'paper_figures'
+EVIDENCE = FIGURES/'evidence'
+DRAWN = {p.stem:json.loads(p.read_text()) for p in sorted((EVIDENCE/'drawn').glob('*.json'))}
+MADE = sorted(p for p in FIGURES.iterdir() if p.suffix in ('.csv','.md','.tex','.pdf','.png'))
+
+
+@pytest.mark.parametrize('path', MADE, ids=lambda p: p.name)
+def test_every_table_and_figure_names_its_records(path):
+    assert path.stem in DRAWN, f'{path.name} does not say which records it was drawn from'
+
+
+@pytest.mark.parametrize('name', DRAWN)
+def test_records_are_here_and_unaltered(name):
+    for folder, told in DRAWN[name]['records'].items():
+        record = read_result(EVIDENCE/folder)
+        assert record is not None, f'{name}: no record {folder}'
+        assert record_hash(record)==told, f'{name}: {folder} is not the record that was drawn'
+
+
+def test_no_record_is_there_in_vain():
+    assert {p.parent.name for p in EVIDENCE.glob('*/result.json')}=={r for d in DRAWN.values() for r in d['records']}
+
+
+@pytest.mark.parametrize('folder', sorted(p.parent.name for p in EVIDENCE.glob('*/result.json')))
+def test_a_record_is_named_by_its_configuration(folder):
+    record, config = read_result(EVIDENCE/folder), json.loads((EVIDENCE/folder/'config.json').read_text())
+    assert config==record['config']
+    assert folder==f"{record['kind']}-{record['key']}" and record['key']==run_key(config)
+
+
+def tables(): return sorted(p.stem for p in MADE if p.suffix=='.csv')
+
+
+@pytest.mark.parametrize('name', tables())
+def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
+    from ditnano.mill import run_notebook
+    notebook = ROOT/'nbs'/'paper'/f'{name}.ipynb'
+    out, runs = tmp_path/'figures', tmp_path/'runs'
+    shutil.copytree(EVIDENCE, out/'evidence', ignore=shutil.ignore_patterns('*.png', 'history.jsonl', 'drawn'))
+    runs.mkdir()
+    run_notebook(notebook, tmp_path/'copy.ipynb', {'scale':'best', 'runs':str(runs), 'out':str(out)}, bar=False)
+    for suffix in ('csv','md','tex'): assert (out/f'{name}.{suffix}').read_text()==(FIGURES/f'{name}.{suffix}').read_text()
