@@ -180,7 +180,7 @@ DESIGNS = {  # (depth, width, heads): (size as the paper labels it, its series i
 }
 SIZES = ('0.42M','2.2M','5M')
 
-# %% ../nbs/01_config.ipynb #2c39d872
+# %% ../nbs/01_config.ipynb #cbbcce8d
 @dataclass(frozen=True)
 class Scale(Config):
     "How much of everything: data, teacher, images seen, samples judged. The defaults are `smoke`."
@@ -200,17 +200,21 @@ class Scale(Config):
     loss:str='perceptual-digitslens@32' # Loss of every run that does not compare losses
     guidance:float=1.5              # Classifier-free guidance of the judged samples
     samples:int=160                 # Samples behind each judged number
+    blocks:int=1                    # Blocks of `samples` that are judged, each from seeds of its own
     judges:tuple=('digitsnet',)     # Extractors that judge; no loss may use them
+    references:tuple=('train',)     # Splits of the real images that a judge compares with: 'train', 'test'
     seeds:tuple=(0,)                # Training seeds
     latency_batches:int=2           # Timed batches of 128 behind each extrapolated latency
     experiments:dict=field(default_factory=dict) # Notebook name -> parameters injected at this scale
 
     def __post_init__(self):
-        _whole('Scale', pairs=self.pairs, images=self.images, batch=self.batch, samples=self.samples, latency_batches=self.latency_batches)
+        _whole('Scale', pairs=self.pairs, images=self.images, batch=self.batch, samples=self.samples, blocks=self.blocks, latency_batches=self.latency_batches)
+        known = [r for r in ('train','test') if r in self.references]
+        if not known or len(known)!=len(self.references): raise ValueError(f"Scale: references={self.references!r}; expected 'train', 'test' or both")
         used = self.loss.split('@')[0].removeprefix('perceptual-')
         if used in self.judges: raise ValueError(f"Scale: judge {used!r} is also the loss; expected a judge that no loss used")
 
-# %% ../nbs/01_config.ipynb #d9e8f9cc
+# %% ../nbs/01_config.ipynb #d96351aa
 _EVERY = [list(d) for d in DESIGNS]
 SMOKE = Scale(experiments={
     'losses':{'losses':['L1','L2','perceptual-digitslens@32'], 'setups':['dmd'], 'dmd':{'fake_lr':1e-3, 'fake_warmup':2}},

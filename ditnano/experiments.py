@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EVAL_SEED', 'CLIPPED', 'BASE', 'GRIDS', 'EXPERIMENTS', 'train_config', 'as_student', 'content_of', 'distill_config',
-           'assistant_config', 'experiment_configs']
+           'assistant_config', 'experiment_configs', 'worth_groups', 'by_worth']
 
-# %% ../nbs/50a_experiments.ipynb #10ed318a
+# %% ../nbs/50a_experiments.ipynb #f2c55ef8
 import inspect
 
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig
+from .runs import run_key
 
 # %% ../nbs/50a_experiments.ipynb #519ae546
 EVAL_SEED = 100_000_000  # Judged samples use seeds from here on, far from those of any pairs
@@ -55,8 +56,14 @@ def _options(recipe, given):
     full = {k:list(v) if isinstance(v,tuple) else v for k,v in (known|given).items()}
     return full|({'teacher':teacher_record(given['teacher'])} if given.get('teacher') else {})
 
-# %% ../nbs/50a_experiments.ipynb #86c8e31d
+# %% ../nbs/50a_experiments.ipynb #ec497cf9
 CLIPPED = {'dmd':10.0}  # Largest gradient norm of the student, where a recipe asks for one (DMD, Appendix B.1)
+
+def _judged(scale, guidance):
+    "How a run is judged; blocks and references stand there only where they are more than one block and the training images."
+    more = {'blocks':scale.blocks, 'references':list(scale.references)}
+    usual = {'blocks':1, 'references':['train']}
+    return {'samples':scale.samples, 'guidance':float(guidance), 'judges':list(scale.judges), 'seed':EVAL_SEED} | {k:v for k,v in more.items() if v!=usual[k]}
 
 def distill_config(
     scale:Scale,         # How much of everything
@@ -75,7 +82,7 @@ def distill_config(
     train = train_config(scale, seed, images=images or scale.images, clip=CLIPPED.get(recipe, 0.0))
     return {'recipe':recipe, 'options':_options(recipe, options or {}), 'student':student.to_dict(), 'train':train.to_dict(), 'loss':_loss(loss or scale.loss),
             'data':data, 'teacher':teacher, 'pairs':{'seeds':[0,scale.pairs], 'steps':scale.teacher_steps},
-            'eval':{'samples':scale.samples, 'guidance':float(guidance), 'judges':list(scale.judges), 'seed':EVAL_SEED}}
+            'eval':_judged(scale, guidance)}
 
 # %% ../nbs/50a_experiments.ipynb #b88dc76d
 def assistant_config(
@@ -139,3 +146,36 @@ def experiment_configs(
         if k not in known: raise ValueError(f"experiment {experiment!r}: parameter {k!r}; expected {', '.join(known)}")
     content = content or content_of(scale)
     return [distill_config(scale, seed=seed, content=content, **row) for row in rows(scale, **told) for seed in scale.seeds]
+
+# %% ../nbs/50a_experiments.ipynb #6febaa23
+def _small(config):
+    "One of Table 2's six designs, trained as long as the others."
+    s = config['student']
+    return DESIGNS.get((s['depth'], s['width'], s['heads'] if isinstance(s['heads'], int) else None), ('',))[0]=='0.42M'
+
+def worth_groups(
+    scale:Scale,  # How much of everything
+    content=None, # Data and teacher, if they are known
+)->list: # Lists of configurations, of falling worth; each run stands once, where it is worth most
+    "Every run of every experiment at a scale, the most valuable first."
+    content = content or content_of(scale)
+    every = {e:experiment_configs(e, scale, content, **scale.experiments.get(e, {})) for e in EXPERIMENTS}
+    usual = [c for c in every['sizes'] if c['train']['images']==scale.images]
+    small, large = [c for c in usual if _small(c)], [c for c in usual if not _small(c)]
+    named = lambda *names: [c for e in names for c in every[e]]
+    ranked = [small, named('losses','mi1'), large+named('depth','width','heads'), named('ta'), named('get_baseline'), [c for c in every['sizes'] if c not in usual], named(*EXPERIMENTS)]
+    first, later = ([[c for c in g if (c['train']['seed']==scale.seeds[0])==now] for g in ranked] for now in (True,False))
+    by_seed = lambda group: sorted(group, key=lambda c: scale.seeds.index(c['train']['seed']))
+    return _once([*first[:5], by_seed(later[0]+later[1]), *first[5:], by_seed(later[-1])])
+
+def _once(groups):
+    seen = set()
+    new = lambda c: not ((key := run_key(c)) in seen or seen.add(key))
+    return [kept for g in groups if (kept := [c for c in g if new(c)])]
+
+def by_worth(
+    scale:Scale,  # How much of everything
+    content=None, # Data and teacher, if they are known
+)->list: # Configurations
+    "The runs of `worth_groups` in one list."
+    return [c for group in worth_groups(scale, content) for c in group]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['sample_order', 'Step', 'learning_rate', 'ema_decay', 'update_ema', 'State', 'save_state', 'load_state',
-           'read_history', 'Progress', 'prepare_training', 'train_step', 'fit']
+           'read_history', 'Progress', 'agreed', 'prepare_training', 'train_step', 'fit']
 
-# %% ../nbs/31_train.ipynb #ee824cd6
-import copy, json, math, sys, time, warnings
+# %% ../nbs/31_train.ipynb #c69e40df
+import copy, json, math, os, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,19 +185,33 @@ class Progress:
         self.bar.update(line['images']-self.bar.n)
         if line['images']>=line['of']: self.bar.close()
 
-# %% ../nbs/31_train.ipynb #0e8e0fb2
+# %% ../nbs/31_train.ipynb #202fa196
+def _accelerator(device):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # without ipywidgets tqdm complains at import
+        from accelerate import Accelerator
+    where = pick_device(device)
+    if where.type=='cuda' and where.index: torch.cuda.set_device(where)
+    return Accelerator(cpu=where.type=='cpu')
+
+def agreed(
+    value,         # What this process thinks; anything that can be pickled
+    device='auto', # Where it trains
+): # What the first process thinks
+    "One answer for all processes of a distributed run: the first's; alone, one's own."
+    if int(os.environ.get('WORLD_SIZE', 1))==1: return value
+    from accelerate.utils import broadcast_object_list
+    _accelerator(device)
+    return broadcast_object_list([value])[0]
+
+# %% ../nbs/31_train.ipynb #1caa34bd
 def prepare_training(
     task,            # What is trained
     cfg:TrainConfig, # How
     device,          # 'auto', 'cpu', 'cuda'
 )->tuple: # An `accelerate.Accelerator` and a fresh State on its device
     "Where and with what a run begins; a batch that the processes cannot share evenly is refused."
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # without ipywidgets tqdm complains at import
-        from accelerate import Accelerator
-    where = pick_device(device)
-    if where.type=='cuda' and where.index: torch.cuda.set_device(where)
-    accelerator = Accelerator(cpu=where.type=='cpu')
+    accelerator = _accelerator(device)
     if cfg.batch%accelerator.num_processes: raise ValueError(f"batch={cfg.batch} on {accelerator.num_processes} processes; expected a multiple")
     model = task.model.to(accelerator.device)
     if hasattr(task,'to'): task.to(accelerator.device)
@@ -253,7 +267,7 @@ def _check_loss(loss, state, file):
     kept = f"the checkpoint before it is kept in {file.parent.name}/{file.name}" if file.exists() else "no checkpoint had been written"
     raise FloatingPointError(f"loss is {value} at step {state.step}; expected a finite number ({kept}; try a lower learning rate)")
 
-# %% ../nbs/31_train.ipynb #56355474
+# %% ../nbs/31_train.ipynb #067c21de
 def fit(
     task,                 # What is trained: model, n, batch, loss, identity
     cfg:TrainConfig,      # How
@@ -263,38 +277,39 @@ def fit(
     log_every:int=20,     # Steps between lines of the history
     save_every:float=60,  # Seconds between checkpoints
     callback=None,        # Called with each line of the history
-)->State:
+    minutes:float=None,   # Stop (with a checkpoint) when this time is up; one step is always made
+)->State: # Its `step` is below `cfg.steps` if it was stopped
     "Train, or go on training; raises ValueError for a foreign checkpoint, FloatingPointError for a loss that is not finite."
     file, log, identity = Path(folder)/'state.safetensors', Path(folder)/'history.jsonl', {'train':cfg.to_dict(), 'task':task.identity}
     accelerator, state = prepare_training(task, cfg, device)
     if file.exists(): load_state(state, file, identity)
     _cut_history(log, state.step)
     model = accelerator.prepare_model(state.model).train()
-    clock, end = _Clock(state, save_every), min(cfg.steps, stop_after or cfg.steps)
-    while state.step<end:
+    clock, end, stop = _Clock(state, save_every, minutes), min(cfg.steps, stop_after or cfg.steps), False
+    while state.step<end and not stop:
         loss = train_step(state, task, cfg, accelerator, model)
         due = state.step%log_every==0 or state.step==end
         if due or accelerator.device.type=='cpu': _check_loss(loss, state, file)
         if due: _log(log, state, cfg, loss, clock, accelerator, callback)
-        if _due(clock, accelerator, state.step, log_every) or state.step==end: _save(state, file, identity, loss, clock, accelerator)
+        save, stop = _due(clock, accelerator, state.step, log_every)
+        if save or stop or state.step==end: _save(state, file, identity, loss, clock, accelerator)
     state.model.eval()
     return state
 
-# %% ../nbs/31_train.ipynb #e9b133b4
+# %% ../nbs/31_train.ipynb #9dd93b33
 def _due(clock, accelerator, step, every):
-    "Whether to save now; of several processes, each with a clock of its own, the first decides for all."
-    if accelerator.num_processes==1: return clock.due()
-    if step%every: return False
-    from accelerate.utils import broadcast_object_list
-    return broadcast_object_list([clock.due()])[0]
+    "Whether to save now, and whether to stop; of several processes, each with a clock of its own, the first decides for all."
+    if accelerator.num_processes==1: return clock.due(), clock.over()
+    return (False, False) if step%every else agreed((clock.due(), clock.over()), accelerator.device.type)
 
 class _Clock:
-    "Time spent, and when the next checkpoint is due."
-    def __init__(self, state, save_every):
-        self.state, self.save_every = state, save_every
+    "Time spent, when the next checkpoint is due, and when time is up."
+    def __init__(self, state, save_every, minutes=None):
+        self.state, self.save_every, self.limit = state, save_every, math.inf if minutes is None else 60*minutes
         self.begin = self.saved = self.last = time.monotonic()
         self.before, self.last_step = state.seconds, state.step
     def due(self): return time.monotonic()-self.saved>=self.save_every
+    def over(self): return time.monotonic()-self.begin>=self.limit
     def spent(self): return self.before+time.monotonic()-self.begin
     def rate(self, step):
         now = time.monotonic()
