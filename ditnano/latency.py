@@ -315,6 +315,11 @@ def in_turns(
         for k in (list(fns) if r%2==0 else reversed(list(fns))): taken[k].append(_timed(fns[k], device, clock)[0])
     return taken
 
+def _known(backends, precisions):
+    for what,given,known in (('backend',backends,BACKENDS), ('precision',precisions,DTYPES)):
+        for g in given:
+            if g not in known: raise ValueError(f"{what} {g!r}; expected some of {', '.join(known)}")
+
 def _sides(model, noise, guidance, backends, precisions, device):
     "What can run here, by (back-end, precision), and the images of each; the plain module comes first."
     steps,images = {},{}
@@ -341,9 +346,7 @@ def bench_sampling(
     clock=time.perf_counter,          # Seconds; replaced in tests
 )->list: # A dict per design, back-end and precision
     "Back-ends against the plain fp32 module, each round calling all: seconds, how many times as fast, and how far off."
-    for what,given,known in (('backend',backends,BACKENDS), ('precision',precisions,DTYPES)):
-        for g in given:
-            if g not in known: raise ValueError(f"{what} {g!r}; expected some of {', '.join(known)}")
+    _known(backends, precisions)
     rows,plain = [],('eager','fp32')
     for cfg in designs:
         model = randomise(DiT(cfg), 1).to(pick_device(str(device))).eval()

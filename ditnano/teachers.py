@@ -91,12 +91,13 @@ class Shipped:
     options:dict=field(default_factory=dict) # Passed to the task
 
 def _classify(seed, images, lr): return TrainConfig(images=images, batch=128, lr=lr, weight_decay=0.05, warmup=images//10, anneal=True, ema=0.999, precision='bf16', seed=seed)
-def _denoise(images, seed=0): return TrainConfig(images=images, batch=64, lr=2e-3, weight_decay=0.0, warmup=5_000, anneal=True, clip=1.0, seed=seed)
+def _denoise(images, seed=0, **how): return TrainConfig(**(dict(images=images, batch=64, lr=2e-3, weight_decay=0.0, warmup=5_000, anneal=True, clip=1.0, seed=seed)|how))
 
 _digits, _cifar = dict(width=16, shift=3), dict(width=32, shift=3, mirror=True)
 SHIPPED = {
     'teacher-digits32':      Shipped('denoise', 'digits32', _denoise(150_000), dict(unet='small')),
     'teacher-cifar10-small': Shipped('denoise', 'cifar10', _denoise(64_000), dict(unet='small')),
+    'teacher-cifar10-7m':    Shipped('denoise', 'cifar10', _denoise(5_120_000, batch=512, lr=1e-3, warmup=200_000, precision='bf16'), dict(unet='7m')), # for a GPU
     'digitsnet':  Shipped('classify', 'digits32', _classify(0, 60_000, 2e-3), _digits),
     'digitslens': Shipped('classify', 'digits32', _classify(1, 60_000, 2e-3), _digits),
     'cifarnet':   Shipped('classify', 'cifar10', _classify(2, 560_000, 3e-3), _cifar),
