@@ -317,6 +317,7 @@ def _notebooks(only):
         if name not in every: raise ValueError(f"notebook {name!r}; expected some of {', '.join(every)}")
     return [p for room in ('experiments','paper') for p in sorted((repo_root()/'nbs'/room).glob('*.ipynb')) if p.stem in only.split(',')]
 
+# %% ../nbs/54_cli.ipynb #90265f40
 LIVE = {'latency':'cpu', 'students':'cpu'}  # Experiments that the best needs from the machine at hand, and at which scale
 
 def _stages(scale, notebooks):
@@ -333,6 +334,7 @@ def _dry_best(runs, out):
     print(f"made here and now: {', '.join(LIVE)}; only drawn, from the best that has been run:")
     _print_rows([{'experiment':e, 'best scale':(s := best_scale(found, e)), 'runs there':len(rows_of(found, e, s))} for e in ASKED])
 
+# %% ../nbs/54_cli.ipynb #c569af97
 def _dry_run(scale, root, device):
     from ditnano.sweep import plan
     rows, lacks = plan(scale, root, device)

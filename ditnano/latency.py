@@ -315,6 +315,7 @@ def in_turns(
         for k in (list(fns) if r%2==0 else reversed(list(fns))): taken[k].append(_timed(fns[k], device, clock)[0])
     return taken
 
+# %% ../nbs/42_latency.ipynb #89eceb5c
 def _known(backends, precisions):
     for what,given,known in (('backend',backends,BACKENDS), ('precision',precisions,DTYPES)):
         for g in given:
