@@ -7,7 +7,7 @@ __all__ = ['LIVE', 'COMMANDS', 'design', 'doctor', 'pairs', 'train', 'sample', '
            'main']
 
 # %% ../nbs/54_cli.ipynb #4d23268f
-import json, sys
+import json, os, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -358,6 +358,9 @@ def main(
     run = tyro.extras.subcommand_cli_from_dict
     try: run(COMMANDS, prog='ditnano', description='Design, distill, measure and ship tiny one-step diffusion transformers.', args=args)
     except KeyboardInterrupt: sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as e:
         if not isinstance(e, _mistakes()): raise
         print(f'ditnano: {e}', file=sys.stderr)
