@@ -1,12 +1,13 @@
-"""Several processes train as one, whatever their clocks say."""
-import os, subprocess, sys, textwrap
+"""Several processes train, sample and judge as one, whatever their clocks say; a sweep in processes stops in time."""
+import json, os, shutil, subprocess, sys, textwrap, time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 PROGRAM = textwrap.dedent('''
-    import os, sys, time
+    import json, os, sys, time
     import torch
     from ditnano.config import DiTConfig, GETConfig, TrainConfig
     from ditnano.distill import make_recipe
@@ -21,17 +22,23 @@ PROGRAM = textwrap.dedent('''
     student = GETConfig(1, 32, 4, 1, 2.) if name=='get-model' else DiTConfig(2, 32)
     task = make_recipe(name, student, pairs, 'L2', 0, beside, **options)
     time.sleep(pause*int(os.environ.get('RANK', 0)))          # clocks that disagree
-    fit(task, TrainConfig(images=8*6, batch=8, lr=1e-3), folder, 'cpu', save_every=pause, log_every=2)
+    minutes = json.loads(sys.argv[4])[int(os.environ.get('RANK', 0))]   # limits that disagree
+    fit(task, TrainConfig(images=8*6, batch=8, lr=1e-3), folder, 'cpu', save_every=pause, log_every=2, minutes=minutes)
 ''')
 
 
-def train(tmp_path, name, processes, pause):
-    (tmp_path/'program.py').write_text(PROGRAM)
-    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    folder = tmp_path/f'{name}-{processes}'
+def launch(program, processes, *args):
+    "Run a program in one process or in several, and wait for it."
+    several = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'ACCELERATE_USE_CPU':'1'}
-    done = subprocess.run([sys.executable, *launch, str(tmp_path/'program.py'), name, str(folder), str(pause)], capture_output=True, text=True, timeout=240, env=env)
+    done = subprocess.run([sys.executable, *several, str(program), *map(str, args)], capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def train(tmp_path, name, processes, pause, minutes=(None, None)):
+    (tmp_path/'program.py').write_text(PROGRAM)
+    folder = tmp_path/f'{name}-{processes}'
+    launch(tmp_path/'program.py', processes, name, folder, pause, json.dumps(minutes))
     return load_file(folder/'state.safetensors')
 
 
@@ -41,3 +48,77 @@ def test_two_processes_train_as_one(name, tmp_path):
     assert one.keys() == two.keys() and ('partner.weight' in one or name != 'ta')
     for k in one:
         if k.startswith(('model.', 'partner.')): torch.testing.assert_close(one[k], two[k], rtol=1e-3, atol=1e-5, msg=lambda m: f'{k}: {m}')
+
+
+def steps_done(folder):
+    with safe_open(folder/'state.safetensors', 'pt') as f: return int(f.metadata()['step'])
+
+
+def test_two_processes_stop_together(tmp_path):
+    "The first has no time, the second all the time in the world: both stop at the first's word, and go on to the same end."
+    train(tmp_path, 'get', 2, 0.02, minutes=(0, None))
+    assert steps_done(tmp_path/'get-2') == 2
+    two, one = train(tmp_path, 'get', 2, 0.02, minutes=(None, 0)), train(tmp_path, 'get', 1, 0.)
+    assert steps_done(tmp_path/'get-2') == 6
+    for k in one:
+        if k.startswith('model.'): torch.testing.assert_close(one[k], two[k], rtol=1e-3, atol=1e-5, msg=lambda m: f'{k}: {m}')
+
+
+RUN = textwrap.dedent('''
+    import sys
+    import torch
+    from pathlib import Path
+    from ditnano import sweep
+    from ditnano.config import Scale
+    from ditnano.runs import Run
+    torch.set_num_threads(1)
+    tiny = Scale(name='tiny', pairs=32, images=16*40, batch=16, lr=1e-2, samples=24, blocks=2, references=('train','test'), loss='L2', precision='fp32')
+    config, root, only = sweep.distill_config(tiny, (2,32,4)), sys.argv[1], sys.argv[2]=='train'
+    sweep.PART = 10                                            # three parts a block, so that both processes have some
+    run = Run(root, 'distill', config)
+    if only: sweep._student(config, run.folder, root, 'tiny', 'cpu', None, float('inf'))
+    else:
+        record = sweep.distill_run(config, root, 'tiny', 'cpu')
+        assert record == sweep.distill_run(config, root, 'tiny', 'cpu', minutes=0)   # found, at no cost, by every process
+''')
+
+
+def run(tmp_path, root, processes, what='all'):
+    (tmp_path/'run.py').write_text(RUN)
+    launch(tmp_path/'run.py', processes, tmp_path/root, what)
+    return next((tmp_path/root).glob('distill-*'))
+
+
+def record_of(folder):
+    assert sorted(p.name for p in folder.iterdir() if p.suffix in ('.npy', '.safetensors') or p.name == 'parts') == []
+    return json.loads((folder/'result.json').read_text())
+
+
+def test_two_processes_judge_as_one(tmp_path):
+    "From one and the same checkpoint: the images of two processes are those of one, and so is every number."
+    run(tmp_path, 'one', 1, 'train')
+    shutil.copytree(tmp_path/'one', tmp_path/'two')
+    one, two = (record_of(run(tmp_path, *how)) for how in (('one', 1), ('two', 2)))
+    assert one['metrics'] == two['metrics'] and 'FD-digitsnet (test) min' in one['metrics']
+    assert two['device']['processes'] == 2 and 'processes' not in one['device']
+
+
+def test_two_processes_are_one_run(tmp_path):
+    "Training included, whose sums two processes take in another order: measured 1e-6 after 40 steps."
+    one, two = (record_of(run(tmp_path, *how))['metrics'] for how in (('alone', 1), ('together', 2)))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert one['FD-digitsnet'] > 0
+
+
+def test_local_processes_stop_in_time(tmp_path):
+    "Two long runs at once, and one that has to wait: nothing runs on after the limit, and the long ones have checkpoints."
+    from ditnano import sweep
+    from ditnano.config import Scale
+    from ditnano.runs import Run
+    scale = Scale(name='tiny', pairs=32, images=16*100_000, batch=16, samples=24, loss='L2')
+    configs, lines, begin = [sweep.distill_config(scale, (1, 32, h)) for h in (1, 2, 4)], [], time.monotonic()
+    assert sweep.sweep(configs, tmp_path, 'tiny', 'local', workers=2, minutes=0.3, device='cpu', log=lines.append) == []
+    assert 18 <= time.monotonic()-begin < 60
+    there = [(Run(tmp_path, 'distill', c).folder/'state.safetensors').is_file() for c in configs]
+    assert there == [True, True, False]
+    assert [line.split(' L2 ')[-1] for line in lines] == ['stopped at 0%, goes on next time']*2+['time is up: 3 runs left for next time']
