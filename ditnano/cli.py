@@ -270,23 +270,39 @@ def _write_rows(rows, out):
 
 # %% ../nbs/54_cli.ipynb #0eba8035
 def sweep(
-    experiment:tyro.conf.Positional[Literal[tuple(EXPERIMENTS)]]='sizes', # Which runs
+    experiment:tyro.conf.Positional[Literal[('all',*EXPERIMENTS)]]='all', # Which runs; all: every experiment's, the most valuable first
     scale:str='smoke',            # Scale, or path of its YAML file
     runs:Optional[Path]=None,     # Folder of runs; default runs/ in the repository
-    minutes:float=float('inf'),   # Start no run after this
-    where:Literal['here','local','slurm']='here', # This process, local processes, or Slurm
-    workers:int=1,                # Local processes
+    minutes:float=float('inf'),   # When this time is up, runs in progress stop with a checkpoint; the next sweep goes on
+    where:Literal['auto','here','local','slurm']='auto', # This process, local processes, or Slurm; auto: local on a GPU
+    workers:Optional[int]=None,   # Local processes; default 4 on a GPU, packed on it, 1 elsewhere
     device:str='auto',            # Where each run computes
+    verify:Optional[Path]=None,   # Instead: compute this committed run again, e.g. paper_figures/evidence/distill-..., and compare
 ):
-    """Compute the missing runs of an experiment.
+    """Compute the missing runs of a scale.
 
     Example: ditnano sweep sizes --scale cpu --minutes 60
+    Example: ditnano sweep --scale gpu --minutes 9
     """
-    from ditnano.sweep import experiment_configs, sweep
+    if verify: return _verify(verify, device)
+    from ditnano.repro import pick_device
+    from ditnano.sweep import experiment_configs, sweep, worth_groups
     s = load_scale(scale)
-    configs = experiment_configs(experiment, s, **s.experiments.get(experiment, {}))
-    records = sweep(configs, runs or runs_dir(), s.name, where, workers, minutes, device)
-    print(f'{len(records)} of {len(configs)} runs are done')
+    groups = worth_groups(s) if experiment=='all' else [experiment_configs(experiment, s, **s.experiments.get(experiment, {}))]
+    if where=='auto': where = 'local' if pick_device(device).type=='cuda' and 'RANK' not in os.environ else 'here'
+    records = sweep(groups, runs or runs_dir(), s.name, where, workers, minutes, device)
+    print(f'{len(records)} of {sum(map(len, groups))} runs are done')
+
+# %% ../nbs/54_cli.ipynb #e5f0ad83
+def _verify(folder, device):
+    "A committed run computed again in a folder of its own; metrics that differ too much are an error."
+    import tempfile
+    from ditnano.sweep import TOLERANCE, verify
+    from ditnano.train import Progress
+    with tempfile.TemporaryDirectory() as root: found = verify(folder, root, device, Progress('again'))
+    _print_rows([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']} for k,v in found.items()])
+    if wrong := [k for k,v in found.items() if not v['within']]: raise RuntimeError(f"{folder.name}: {wrong[0]} differs by more than {TOLERANCE:g}; expected that only on another kind of device")
+    print(f'the same within {TOLERANCE:g}')
 
 # %% ../nbs/54_cli.ipynb #933317c3
 def paper(
@@ -336,12 +352,13 @@ def _dry_best(runs, out):
 
 # %% ../nbs/54_cli.ipynb #c569af97
 def _dry_run(scale, root, device):
-    from ditnano.sweep import plan
+    from ditnano.sweep import ASSUMED, gpu_hours, plan
     rows, lacks = plan(scale, root, device)
     _print_rows([{**r, 'done':'yes' if r['done'] else 'no'} for r in rows])
     todo = [r for r in rows if not r['done']]
     print(f"{len(todo)} of {len(rows)} runs to do: about {sum(r['hours'] for r in todo):.3g} hours and {sum(r['megabytes'] for r in todo):.0f} MB on this machine, "
-          f"besides {scale.pairs:,} pairs of {scale.teacher} ({scale.pairs*24.6e-6:.2g} GB)")
+          f"besides {scale.pairs:,} pairs of {scale.teacher} ({scale.pairs*24.6e-6:.2g} GB)\n"
+          f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {ASSUMED}")
     print('\n'.join(f'missing: {l}' for l in lacks) or 'nothing is missing')
 
 # %% ../nbs/54_cli.ipynb #e9d3408a

@@ -122,3 +122,19 @@ def test_local_processes_stop_in_time(tmp_path):
     there = [(Run(tmp_path, 'distill', c).folder/'state.safetensors').is_file() for c in configs]
     assert there == [True, True, False]
     assert [line.split(' L2 ')[-1] for line in lines] == ['stopped at 0%, goes on next time']*2+['time is up: 3 runs left for next time']
+
+
+def test_a_local_process_that_waits_is_ended(tmp_path, monkeypatch):
+    "A run held by a machine that is gone: the sweep says so, and ends."
+    from ditnano import sweep
+    from ditnano.config import Scale
+    from ditnano.runs import Run
+    monkeypatch.setattr(sweep, 'GRACE', 5)
+    config, lines = sweep.distill_config(Scale(name='tiny', pairs=32, images=64, batch=16, samples=24, loss='L2'), (1, 32, 4)), []
+    folder = Run(tmp_path, 'distill', config).folder
+    folder.mkdir(parents=True)
+    (folder/'lock').write_text(json.dumps({'pid':1, 'started':'0', 'host':'a-machine-that-is-gone', 'boot':''}))
+    begin = time.monotonic()
+    assert sweep.sweep([config], tmp_path, 'tiny', 'local', minutes=0.05, device='cpu', log=lines.append) == []
+    assert time.monotonic()-begin < 30
+    assert lines == ['1 of 1: DiT (1, 32, 4) L2 ended 5 s after the limit, goes on next time', 'time is up: 1 run left for next time']
