@@ -285,8 +285,9 @@ def sweep(
     Example: ditnano sweep --scale gpu --minutes 9
     """
     if verify: return _verify(verify, device)
+    from ditnano.experiments import experiment_configs, worth_groups
     from ditnano.repro import pick_device
-    from ditnano.sweep import experiment_configs, sweep, worth_groups
+    from ditnano.sweep import sweep
     s = load_scale(scale)
     groups = worth_groups(s) if experiment=='all' else [experiment_configs(experiment, s, **s.experiments.get(experiment, {}))]
     if where=='auto': where = 'local' if pick_device(device).type=='cuda' and 'RANK' not in os.environ else 'here'
