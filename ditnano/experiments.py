@@ -147,7 +147,7 @@ def experiment_configs(
     content = content or content_of(scale)
     return [distill_config(scale, seed=seed, content=content, **row) for row in rows(scale, **told) for seed in scale.seeds]
 
-# %% ../nbs/50a_experiments.ipynb #6febaa23
+# %% ../nbs/50a_experiments.ipynb #0fbee43a
 def _small(config):
     "One of Table 2's six designs, trained as long as the others."
     s = config['student']
@@ -168,6 +168,7 @@ def worth_groups(
     by_seed = lambda group: sorted(group, key=lambda c: scale.seeds.index(c['train']['seed']))
     return _once([*first[:5], by_seed(later[0]+later[1]), *first[5:], by_seed(later[-1])])
 
+# %% ../nbs/50a_experiments.ipynb #7d6a2fcd
 def _once(groups):
     seen = set()
     new = lambda c: not ((key := run_key(c)) in seen or seen.add(key))

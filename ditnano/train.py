@@ -267,7 +267,7 @@ def _check_loss(loss, state, file):
     kept = f"the checkpoint before it is kept in {file.parent.name}/{file.name}" if file.exists() else "no checkpoint had been written"
     raise FloatingPointError(f"loss is {value} at step {state.step}; expected a finite number ({kept}; try a lower learning rate)")
 
-# %% ../nbs/31_train.ipynb #067c21de
+# %% ../nbs/31_train.ipynb #21689106
 def fit(
     task,                 # What is trained: model, n, batch, loss, identity
     cfg:TrainConfig,      # How
@@ -282,30 +282,33 @@ def fit(
     "Train, or go on training; raises ValueError for a foreign checkpoint, FloatingPointError for a loss that is not finite."
     file, log, identity = Path(folder)/'state.safetensors', Path(folder)/'history.jsonl', {'train':cfg.to_dict(), 'task':task.identity}
     accelerator, state = prepare_training(task, cfg, device)
-    if file.exists(): load_state(state, file, identity)
-    _cut_history(log, state.step)
+    _continue(state, file, log, identity)
     model = accelerator.prepare_model(state.model).train()
-    clock, end, stop = _Clock(state, save_every, minutes), min(cfg.steps, stop_after or cfg.steps), False
-    while state.step<end and not stop:
+    clock, end = _Clock(state, save_every, minutes), min(cfg.steps, stop_after or cfg.steps)
+    while state.step<end and not clock.stop:
         loss = train_step(state, task, cfg, accelerator, model)
         due = state.step%log_every==0 or state.step==end
         if due or accelerator.device.type=='cpu': _check_loss(loss, state, file)
         if due: _log(log, state, cfg, loss, clock, accelerator, callback)
-        save, stop = _due(clock, accelerator, state.step, log_every)
-        if save or stop or state.step==end: _save(state, file, identity, loss, clock, accelerator)
+        if _due(clock, accelerator, state.step, log_every) or state.step==end: _save(state, file, identity, loss, clock, accelerator)
     state.model.eval()
     return state
 
-# %% ../nbs/31_train.ipynb #9dd93b33
+# %% ../nbs/31_train.ipynb #359b2b50
+def _continue(state, file, log, identity):
+    if file.exists(): load_state(state, file, identity)
+    _cut_history(log, state.step)
+
 def _due(clock, accelerator, step, every):
-    "Whether to save now, and whether to stop; of several processes, each with a clock of its own, the first decides for all."
-    if accelerator.num_processes==1: return clock.due(), clock.over()
-    return (False, False) if step%every else agreed((clock.due(), clock.over()), accelerator.device.type)
+    "Whether to save now, be it to stop; of several processes, each with a clock of its own, the first decides for all."
+    if accelerator.num_processes>1 and step%every: return False
+    save, clock.stop = agreed((clock.due(), clock.over()), accelerator.device.type)
+    return save or clock.stop
 
 class _Clock:
     "Time spent, when the next checkpoint is due, and when time is up."
     def __init__(self, state, save_every, minutes=None):
-        self.state, self.save_every, self.limit = state, save_every, math.inf if minutes is None else 60*minutes
+        self.state, self.save_every, self.limit, self.stop = state, save_every, math.inf if minutes is None else 60*minutes, False
         self.begin = self.saved = self.last = time.monotonic()
         self.before, self.last_step = state.seconds, state.step
     def due(self): return time.monotonic()-self.saved>=self.save_every
