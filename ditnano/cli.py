@@ -91,24 +91,32 @@ def train(
     loss:str='perceptual-digitslens@32', # L1, L2, LPIPS-vgg@224, LPIPS-squeeze@64, perceptual-NAME@32
     out:Path=Path('student'),      # Folder of the run; one that is there is continued
     device:str='auto',             # Where
+    minutes:float=float('inf'),    # Stop with a checkpoint when this time is up; the same command goes on
     shipped:Optional[str]=None,    # Instead: make one of the networks in ditnano/weights again
 ):
     """Distill a student from pairs, or make a shipped network again.
 
     Example: ditnano train --student 5,64,8 --pairs pairs/ --images 200000 --out student/
     """
-    if shipped: return _ship(shipped, device)
-    from ditnano.train import Progress, fit
+    limit = None if minutes==float('inf') else minutes
+    if shipped: return _ship(shipped, device, limit)
     if not config.clip: config = replace(config, clip=CLIPPED.get(recipe, 0.0))
     task = _task(recipe, _design(student, recipe, mlp_ratio=mlp_ratio, steps=steps), pairs, loss, config.seed, beside, _json(options))
-    card = {'identity':task.identity, 'train':config.to_dict()}
-    fit(task, config, out, device, callback=Progress('train')).ema_model().save_pretrained(Path(out)/'student', card)
-    print(Path(out)/'student')
+    _fit(task, config, Path(out), device, limit)
 
 # %% ../nbs/54_cli.ipynb #53b6a550
-def _ship(name, device):
-    from ditnano.sweep import ship
-    print(ship(name, device))
+def _fit(task, config, out, device, minutes):
+    from ditnano.train import Progress, fit
+    state = fit(task, config, out, device, callback=Progress('train'), minutes=minutes)
+    if state.step<config.steps: return print(f'{out}: stopped at {100*state.step//config.steps}%; the same command goes on')
+    state.ema_model().save_pretrained(out/'student', {'identity':task.identity, 'train':config.to_dict()})
+    print(out/'student')
+
+def _ship(name, device, minutes):
+    from ditnano.sweep import OutOfTime, ship
+    try: made = ship(name, device, minutes=minutes)
+    except OutOfTime as e: return print(f'{name}: {e}')
+    print(made or f'{name}: stopped in time; the same command goes on')
 
 def _task(recipe, design, pairs, loss, seed, beside, options):
     from ditnano.distill import make_recipe

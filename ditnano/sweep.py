@@ -457,7 +457,8 @@ def ship(
     device:str='auto', # Where
     root=None,         # Folder of runs
     out=None,          # Folder to make; default inside the package
-): # The folder
+    minutes:float=None, # Stop training when this time is up; the next call goes on
+): # The folder, or None when stopped early
     "Make a shipped network, or the shipped pairs, by the recipe that made it."
     from ditnano.dit import DiT
     from ditnano.pairs import make_pairs
@@ -465,11 +466,11 @@ def ship(
     from ditnano.train import Progress
     out = Path(out or weights_dir()/name)
     if name=='pairs-digits32': return make_pairs('digits32', range(480), out, shard=480, image_dtype='fp16', store_noise=False, device=device, log=print)
-    if name in SHIPPED: return make_shipped(name, out, device=device, log=Progress(name))
+    if name in SHIPPED: return make_shipped(name, out, device=device, minutes=minutes, log=Progress(name))
     if name not in STUDENTS: raise ValueError(f"shipped {name!r}; expected one of {', '.join([*SHIPPED,*STUDENTS,'pairs-digits32'])}")
     scale, design, seed, images = STUDENTS[name]
     root, config = root or runs_dir(), distill_config(load_scale(scale), design, seed, images=images)
-    record = distill_run(config, root, scale, device, Progress(name))
+    record = distill_run(config, root, scale, device, Progress(name), minutes=minutes)
     card = {k:record[k] for k in ('scale','config','metrics','samples','device','seconds','key')} | {'looks':LOOKS.get(name, '')}
     DiT.from_pretrained(Run(root,'distill',config).folder/'student').save_pretrained(out, card, half=True)
     return out

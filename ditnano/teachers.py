@@ -126,6 +126,7 @@ def make_shipped(
     work=None,          # Folder of the run; default in the cache
     device:str='auto',  # Where to train
     stop_after:int=None, # Stop at this many steps, without shipping
+    minutes:float=None, # Stop when this time is up, without shipping
     log=None,           # Called with each line of the history, e.g. `train.Progress(name)`
 ): # The folder made, or None when stopped early
     "Train and ship one row of `SHIPPED`; goes on from its last checkpoint."
@@ -133,7 +134,7 @@ def make_shipped(
     recipe, out = SHIPPED[name], Path(out or weights_dir()/name)
     task = make_task(recipe)
     work = Path(work or cache_dir()/'make'/f'{name}-{content_hash([task.identity, recipe.train.to_dict()])}')
-    state = fit(task, recipe.train, work, device, stop_after=stop_after, callback=log)
+    state = fit(task, recipe.train, work, device, stop_after=stop_after, callback=log, minutes=minutes)
     if state.step<recipe.train.steps: return None
     net, card = state.ema_model(), _card(recipe, task.data, state)
     if recipe.kind=='denoise': save_teacher(net, out, card)
