@@ -112,6 +112,7 @@ def _fit(task, config, out, device, minutes):
     state.ema_model().save_pretrained(out/'student', {'identity':task.identity, 'train':config.to_dict()})
     print(out/'student')
 
+# %% ../nbs/54_cli.ipynb #3086a8c7
 def _ship(name, device, minutes):
     from ditnano.sweep import OutOfTime, ship
     try: made = ship(name, device, minutes=minutes)
