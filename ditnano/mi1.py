@@ -51,10 +51,8 @@ class MI1Recipe(GETRecipe):
         self.path = dict(sigma_min=sigma_min, literal=literal)
         self.identity |= {'layers':list(self.layers), 'times':list(self.times), **self.path}
 
-    def loss(self, model, batch, step):
+    def score(self, model, z, x, y, t, drop):
         "The sum over mapped layers of how far their pictures are from the path's."
-        z, x, y = batch
-        t, drop = torch.zeros(len(z), device=z.device), self.hidden(step, z.device)
         made, tokens = model(z, t, y, drop=drop, taps=self.layers)
         c = self.model.condition(t, y, drop)
         pictures = [made if l==self.model.cfg.depth else self.model.decode(tokens[l], c) for l in self.layers]

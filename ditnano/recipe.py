@@ -17,7 +17,7 @@ from .losses import get_loss
 from .pairs import PairDataset
 from .train import Step
 
-# %% ../nbs/31a_recipe.ipynb #b1974796
+# %% ../nbs/31a_recipe.ipynb #713c1d24
 class GETRecipe:
     "Match the student's single step with the teacher's image, pair by pair (Section 2; GET)."
     name, build, takes = 'get', DiT, DiTConfig
@@ -44,9 +44,17 @@ class GETRecipe:
 
     def loss(self, model, batch, step):
         "One scalar: how far the student's images are from the teacher's."
+        return self.score(model, *self.inputs(batch, step))
+
+    def inputs(self, batch, step):
+        "Everything that a step's loss is computed from: noise, images, labels, times, and which labels are hidden."
         z, x, y = batch                                             # (N, 3, R, R) twice, (N,)
         drop = self.hidden(step, z.device)
         z, t = start(z, x, self.model.cfg.steps, step)
+        return z, x, y, t, drop
+
+    def score(self, model, z, x, y, t, drop):
+        "The loss, a function of tensors alone."
         return self.match(model(z, t, y, drop=drop).float(), x)
 
     def hidden(self, step, device):
@@ -74,16 +82,19 @@ def start(
     t = t.to(z.device)
     return torch.where((t==1)[:,None,None,None], z, flow_point(x, flow_noise(x, z), t).to(z.dtype)), told_time(t)
 
-# %% ../nbs/31a_recipe.ipynb #e60648bb
+# %% ../nbs/31a_recipe.ipynb #41c329c7
 class GETModelRecipe(GETRecipe):
     "Train a Generative Equilibrium Transformer on pairs: six supervised unrolled steps (Table 5; GET)."
     name, build, takes = 'get-model', GET, GETConfig
 
-    def loss(self, model, batch, step):
-        "The six images against the teacher's, weighted."
+    def inputs(self, batch, step):
+        "Noise, images, labels, and where the search for the equilibrium begins."
         (z, x, y), cfg = batch, self.model.cfg
-        z0 = step.share(torch.randn(step.batch, (cfg.image_size//cfg.patch)**2, cfg.width, generator=step.generator)).to(z.device)
-        return correction([image.float() for image in model(z, y if cfg.classes else None, z0=z0)], x, self.match)
+        return z, x, y, step.share(torch.randn(step.batch, (cfg.image_size//cfg.patch)**2, cfg.width, generator=step.generator)).to(z.device)
+
+    def score(self, model, z, x, y, z0):
+        "The six images against the teacher's, weighted."
+        return correction([image.float() for image in model(z, y if self.model.cfg.classes else None, z0=z0)], x, self.match)
 
 # %% ../nbs/31a_recipe.ipynb #76756922
 def silent(

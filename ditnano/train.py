@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sample_order', 'Step', 'learning_rate', 'ema_decay', 'update_ema', 'State', 'save_state', 'load_state',
-           'read_history', 'Progress', 'agreed', 'prepare_training', 'train_step', 'fit']
+           'read_history', 'Progress', 'agreed', 'prepare_training', 'record_gradients', 'Recorded', 'recordable',
+           'train_step', 'fit']
 
 # %% ../nbs/31_train.ipynb #c69e40df
 import copy, json, math, os, sys, time, warnings
@@ -240,20 +241,96 @@ def _partner_step(state, task, cfg, batch, step, accelerator):
         for p in state.partner.parameters(): p.grad = None if p.grad is None else accelerator.reduce(p.grad, 'mean')
     _update(state.partner, state.partner_optimizer, _how(task, cfg), state.step, accelerator)
 
-# %% ../nbs/31_train.ipynb #1c1b9f17
+# %% ../nbs/31_train.ipynb #047be547
+def record_gradients(
+    fn,         # From tensors to a loss
+    held,       # Its inputs, on the GPU; replays read them again
+    parameters, # Whose gradients are wanted; theirs must be None
+    warmup=3,   # Calls beforehand, as a recording must not allocate or choose kernels
+): # A function that replays, the tensor of the loss, and those of the gradients
+    "Record a loss and its gradients as one CUDA graph."
+    side, now, graph = torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(now)
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            fn(*held).backward()
+            for p in parameters: p.grad = None
+    now.wait_stream(side)
+    with torch.cuda.graph(graph):
+        loss = fn(*held)
+        loss.backward()
+    return graph.replay, loss.detach(), [p.grad for p in parameters]
+
+# %% ../nbs/31_train.ipynb #aa39e707
+class Recorded:
+    "Loss and gradients of a task's batch, plainly at first, then from a recording."
+    def __init__(self,
+        task,                    # With `inputs(batch, step)` and `score(model, *inputs)`
+        cfg:TrainConfig,         # Its precision
+        record=record_gradients, # How to record; replaced in tests
+        after:int=10,            # Plain steps before
+    ):
+        self.task, self.record, self.left, self.kept = task, record, after, None
+        self.precision = dict(dtype=torch.bfloat16, enabled=cfg.precision=='bf16', cache_enabled=False)
+
+    def score(self, model, inputs):
+        with torch.autocast(inputs[0].device.type, **self.precision): return self.task.score(model, *inputs)
+
+    def plain(self, model, inputs):
+        loss = self.score(model, inputs)
+        loss.backward()
+        return loss.detach()
+
+    def begin(self, model, inputs):
+        "Record, and believe it only if the recording says what the plain way says."
+        held, mine = [a.clone() for a in inputs], [p for p in model.parameters() if p.requires_grad]
+        replay, loss, grads = self.record(lambda *a: self.score(model, a), held, mine)
+        replay()
+        with torch.no_grad(): want = self.score(model, inputs)
+        if not torch.allclose(loss, want, rtol=1e-2, atol=1e-3): raise RuntimeError(f"loss {loss.item():.4g} from the recording, {want.item():.4g} without")
+        return held, replay, loss, [(p, g) for p,g in zip(mine, grads) if g is not None]
+
+    def __call__(self, model, batch, step):
+        inputs, self.left = self.task.inputs(batch, step), self.left-1
+        if self.left==-1:
+            try: self.kept = self.begin(model, inputs)
+            except RuntimeError as e: print(f"step not recorded: {str(e).splitlines()[0]}; training goes on without")
+            for p in model.parameters(): p.grad = None
+        if self.kept is None: return self.plain(model, inputs)
+        held, replay, loss, grads = self.kept
+        for h,a in zip(held, inputs): h.copy_(a)
+        replay()
+        for p,g in grads: p.grad = g
+        return loss.clone()
+
+# %% ../nbs/31_train.ipynb #e13387a4
+def recordable(
+    task, # What is trained
+)->bool:
+    "Whether a task's loss is made of `inputs` and `score`: a class that overrides `loss` alone is not."
+    place = lambda name: next((i for i,c in enumerate(type(task).__mro__) if name in vars(c)), math.inf)
+    return place('score')<=place('loss') and place('score')<math.inf
+
+def _recorder(task, cfg, state, accelerator):
+    fits = accelerator.device.type=='cuda' and accelerator.num_processes==1 and state.partner is None and recordable(task)
+    return Recorded(task, cfg) if fits else None
+
+# %% ../nbs/31_train.ipynb #9f63211b
 def train_step(
     state:State, # Changed in place
     task,        # What is trained
     cfg:TrainConfig, # How
     accelerator, # Where: an `accelerate.Accelerator`
     model:nn.Module=None, # The model as prepared (wrapped); default `state.model`
+    recorded=None,        # A `Recorded` that makes the gradients
 )->torch.Tensor: # The loss, detached
     "One optimiser step; everything random in it follows from `cfg.seed` and `state.step`."
     step = Step(state.step, cfg.batch, cfg.seed, accelerator.process_index, accelerator.num_processes)
     batch = _move(task.batch(step.share(sample_order(task.n, cfg.batch, state.step, cfg.seed))), accelerator.device)
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=cfg.precision=='bf16'):
-        loss = task.loss(model or state.model, batch, step)
-    accelerator.backward(loss)
+    if recorded: loss = recorded(state.model, batch, step)
+    else:
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=cfg.precision=='bf16'): loss = task.loss(model or state.model, batch, step)
+        accelerator.backward(loss)
     _update(state.model, state.optimizer, cfg, state.step, accelerator)
     if state.partner is not None: _partner_step(state, task, cfg, batch, step, accelerator)
     if cfg.ema: update_ema(state.ema, state.model, ema_decay(cfg, state.step))
@@ -267,7 +344,7 @@ def _check_loss(loss, state, file):
     kept = f"the checkpoint before it is kept in {file.parent.name}/{file.name}" if file.exists() else "no checkpoint had been written"
     raise FloatingPointError(f"loss is {value} at step {state.step}; expected a finite number ({kept}; try a lower learning rate)")
 
-# %% ../nbs/31_train.ipynb #21689106
+# %% ../nbs/31_train.ipynb #956c5eee
 def fit(
     task,                 # What is trained: model, n, batch, loss, identity
     cfg:TrainConfig,      # How
@@ -284,9 +361,9 @@ def fit(
     accelerator, state = prepare_training(task, cfg, device)
     _continue(state, file, log, identity)
     model = accelerator.prepare_model(state.model).train()
-    clock, end = _Clock(state, save_every, minutes), min(cfg.steps, stop_after or cfg.steps)
+    clock, end, recorded = _Clock(state, save_every, minutes), min(cfg.steps, stop_after or cfg.steps), _recorder(task, cfg, state, accelerator)
     while state.step<end and not clock.stop:
-        loss = train_step(state, task, cfg, accelerator, model)
+        loss = train_step(state, task, cfg, accelerator, model, recorded)
         due = state.step%log_every==0 or state.step==end
         if due or accelerator.device.type=='cpu': _check_loss(loss, state, file)
         if due: _log(log, state, cfg, loss, clock, accelerator, callback)
