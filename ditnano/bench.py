@@ -10,7 +10,7 @@ __all__ = ['COSTS', 'TABLE_2', 'TABLE_5', 'BACKENDS', 'FILES', 'bench_train', 'b
 import tempfile
 from pathlib import Path
 
-from .config import DiTConfig, GETConfig, Scale, TrainConfig
+from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig
 from .experiments import EVAL_SEED, as_student
 from .principles import count_flops, count_params
 from .runs import run_once
@@ -32,12 +32,13 @@ def _plain_step(cfg, match, batch, device):
 
 def _our_step(task, batch, device):
     "The step of `train.fit` on one batch, again and again, so that both sides read the same."
-    from ditnano.train import prepare_training, train_step
+    from ditnano.train import prepare_training, recorder, train_step
     how = TrainConfig(images=10**9, batch=len(batch[0]), precision='bf16')
     task.batch = lambda idx: batch
     accelerator, state = prepare_training(task, how, device)
     state.model.train()
-    return lambda: train_step(state, task, how, accelerator)
+    recorded = recorder(task, how, state, accelerator)
+    return lambda: train_step(state, task, how, accelerator, recorded=recorded)
 
 # %% ../nbs/51a_bench.ipynb #a5546876
 def bench_train(
@@ -135,7 +136,7 @@ def bench_recipes(
     return [{'recipe':name, 'images/s':c['images_per_s'], 'speed':c['images_per_s']/first, 'peak MB':c['peak_mb'], 'recipe MB':c['peak_mb']-c['before_mb']} for name,c in costs.items()]
 
 # %% ../nbs/51a_bench.ipynb #18dd37d4
-TABLE_2, TABLE_5 = ((1,128,8),(2,96,8),(5,64,4),(5,64,8),(9,48,6),(21,32,4)), ((6,256,4),(7,192,12))
+TABLE_2, TABLE_5 = tuple(d for d,(size,_) in DESIGNS.items() if size=='0.42M'), ((6,256,4),(7,192,12))
 BACKENDS = ('eager','native','openvino')
 
 def _limits(device, before=None):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample_order', 'Step', 'learning_rate', 'ema_decay', 'update_ema', 'State', 'save_state', 'load_state',
            'read_history', 'Progress', 'agreed', 'prepare_training', 'record_gradients', 'Recorded', 'recordable',
-           'train_step', 'fit']
+           'recorder', 'train_step', 'fit']
 
 # %% ../nbs/31_train.ipynb #c69e40df
 import copy, json, math, os, sys, time, warnings
@@ -311,7 +311,13 @@ def recordable(
     place = lambda name: next((i for i,c in enumerate(type(task).__mro__) if name in vars(c)), math.inf)
     return place('score')<=place('loss') and place('score')<math.inf
 
-def _recorder(task, cfg, state, accelerator):
+def recorder(
+    task,            # What is trained
+    cfg:TrainConfig, # How
+    state:State,     # Run in progress
+    accelerator,     # Where: an `accelerate.Accelerator`
+): # A `Recorded` for `train_step`, or None
+    "A recording of the step, where one GPU trains one model by a recordable task."
     fits = accelerator.device.type=='cuda' and accelerator.num_processes==1 and state.partner is None and recordable(task)
     return Recorded(task, cfg) if fits else None
 
@@ -361,7 +367,7 @@ def fit(
     accelerator, state = prepare_training(task, cfg, device)
     _continue(state, file, log, identity)
     model = accelerator.prepare_model(state.model).train()
-    clock, end, recorded = _Clock(state, save_every, minutes), min(cfg.steps, stop_after or cfg.steps), _recorder(task, cfg, state, accelerator)
+    clock, end, recorded = _Clock(state, save_every, minutes), min(cfg.steps, stop_after or cfg.steps), recorder(task, cfg, state, accelerator)
     while state.step<end and not clock.stop:
         loss = train_step(state, task, cfg, accelerator, model, recorded)
         due = state.step%log_every==0 or state.step==end
