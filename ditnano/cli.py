@@ -92,7 +92,7 @@ def train(
     out:Path=Path('student'),      # Folder of the run; one that is there is continued
     device:str='auto',             # Where
     minutes:float=float('inf'),    # Stop with a checkpoint when this time is up; the same command goes on
-    shipped:Optional[str]=None,    # Instead: make one of the networks in ditnano/weights again
+    shipped:Optional[str]=None,    # Instead: make a network, student or set of pairs of ditnano/weights again
 ):
     """Distill a student from pairs, or make a shipped network again.
 
@@ -114,7 +114,8 @@ def _fit(task, config, out, device, minutes):
 
 # %% ../nbs/54_cli.ipynb #3086a8c7
 def _ship(name, device, minutes):
-    from ditnano.sweep import OutOfTime, ship
+    from ditnano.shipping import ship
+    from ditnano.sweep import OutOfTime
     try: made = ship(name, device, minutes=minutes)
     except OutOfTime as e: return print(f'{name}: {e}')
     print(made or f'{name}: stopped in time; the same command goes on')
@@ -188,7 +189,7 @@ def eval(
     from ditnano.metrics import card, evaluate, named
     from ditnano.repro import noise_and_labels
     from ditnano.sampling import sample
-    from ditnano.sweep import EVAL_SEED
+    from ditnano.experiments import EVAL_SEED
     model, reference, names = load_model(weights), load_images(data), judges.split(',')
     loss, seeds = _loss_of(model), range(EVAL_SEED, EVAL_SEED+samples)
     numbers = evaluate(sample(model, seeds, guidance=guidance, device=device), noise_and_labels(seeds)[1], reference, names, loss=loss, device=device)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EVAL_SEED', 'CLIPPED', 'BASE', 'GRIDS', 'EXPERIMENTS', 'train_config', 'as_student', 'content_of', 'distill_config',
-           'assistant_config', 'experiment_configs', 'worth_groups', 'by_worth']
+           'assistant_config', 'experiment_configs', 'size_of', 'worth_groups', 'by_worth']
 
 # %% ../nbs/50a_experiments.ipynb #f2c55ef8
 import inspect
 
-from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig
+from .config import DESIGNS, SIZES, DiTConfig, GETConfig, Scale, TrainConfig
 from .runs import run_key
 
 # %% ../nbs/50a_experiments.ipynb #519ae546
@@ -148,11 +148,14 @@ def experiment_configs(
     return [distill_config(scale, seed=seed, content=content, **row) for row in rows(scale, **told) for seed in scale.seeds]
 
 # %% ../nbs/50a_experiments.ipynb #0fbee43a
-def _small(config):
-    "One of Table 2's six designs, trained as long as the others."
-    s = config['student']
-    return DESIGNS.get((s['depth'], s['width'], s['heads'] if isinstance(s['heads'], int) else None), ('',))[0]=='0.42M'
+def size_of(
+    design, # As for `as_student`
+)->str: # '0.42M', '2.2M' or '5M'; '' for a shape of no such size
+    "The size as the paper labels it."
+    m = as_student(design)
+    return DESIGNS.get((m.depth, m.width, m.heads), ('',))[0] if isinstance(m, DiTConfig) else ''
 
+# %% ../nbs/50a_experiments.ipynb #5c436f85
 def worth_groups(
     scale:Scale,  # How much of everything
     content=None, # Data and teacher, if they are known
@@ -161,7 +164,7 @@ def worth_groups(
     content = content or content_of(scale)
     every = {e:experiment_configs(e, scale, content, **scale.experiments.get(e, {})) for e in EXPERIMENTS}
     usual = [c for c in every['sizes'] if c['train']['images']==scale.images]
-    small, large = [c for c in usual if _small(c)], [c for c in usual if not _small(c)]
+    small, large = [c for c in usual if size_of(c['student'])==SIZES[0]], [c for c in usual if size_of(c['student'])!=SIZES[0]]
     named = lambda *names: [c for e in names for c in every[e]]
     ranked = [small, named('losses','mi1'), large+named('depth','width','heads'), named('ta'), named('get_baseline'), [c for c in every['sizes'] if c not in usual], named(*EXPERIMENTS)]
     first, later = ([[c for c in g if (c['train']['seed']==scale.seeds[0])==now] for g in ranked] for now in (True,False))
