@@ -7,7 +7,7 @@ __all__ = ['LIVE', 'COMMANDS', 'design', 'doctor', 'pairs', 'train', 'sample', '
            'main']
 
 # %% ../nbs/54_cli.ipynb #4d23268f
-import json, os, sys
+import json, os, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -15,9 +15,9 @@ from typing import Annotated, Literal, Optional
 import tyro
 
 from .config import DiTConfig, GETConfig, TrainConfig, load_scale
-from .experiments import CLIPPED, EXPERIMENTS
+from .experiments import CLIPPED, EVAL_SEED, EXPERIMENTS
 from .principles import propose
-from .repro import repo_root, runs_dir, write_json
+from .repro import figures_dir, repo_root, runs_dir, write_json
 
 # %% ../nbs/54_cli.ipynb #ce3eba52
 def _numbers(text, what, n=None):
@@ -98,7 +98,7 @@ def train(
 
     Example: ditnano train --student 5,64,8 --pairs pairs/ --images 200000 --out student/
     """
-    limit = None if minutes==float('inf') else minutes
+    limit = None if minutes==float('inf') else _left(minutes)
     if shipped: return _ship(shipped, device, limit)
     if not config.clip: config = replace(config, clip=CLIPPED.get(recipe, 0.0))
     task = _task(recipe, _design(student, recipe, mlp_ratio=mlp_ratio, steps=steps), pairs, loss, config.seed, beside, _json(options))
@@ -113,6 +113,10 @@ def _fit(task, config, out, device, minutes):
     print(out/'student')
 
 # %% ../nbs/54_cli.ipynb #3086a8c7
+_begin = time.monotonic()   # of the command; its minutes count what starting up takes
+
+def _left(minutes): return minutes-(time.monotonic()-_begin)/60
+
 def _ship(name, device, minutes):
     from ditnano.shipping import ship
     from ditnano.sweep import OutOfTime
@@ -143,7 +147,7 @@ def _json(text):
 def sample(
     weights:str='nano-digits',    # Shipped student or folder
     labels:Optional[str]=None,    # Classes, dealt out in turn, as in 3,5; default all in turn
-    seeds:str='0-39',             # First and last seed, an image each
+    seeds:str=f'{EVAL_SEED}-{EVAL_SEED+39}', # First and last seed, an image each; these are noise that no pair has
     guidance:float=1.5,           # Classifier-free guidance; 1 is off
     out:Path=Path('samples.png'), # Sheet to write; or .npy, .safetensors or a folder that is there, for any number of images
     zoom:int=2,                   # Pixels of the sheet per pixel
@@ -189,7 +193,6 @@ def eval(
     from ditnano.metrics import card, evaluate, named
     from ditnano.repro import noise_and_labels
     from ditnano.sampling import sample
-    from ditnano.experiments import EVAL_SEED
     model, reference, names = load_model(weights), load_images(data), judges.split(',')
     loss, seeds = _loss_of(model), range(EVAL_SEED, EVAL_SEED+samples)
     numbers = evaluate(sample(model, seeds, guidance=guidance, device=device), noise_and_labels(seeds)[1], reference, names, loss=loss, device=device)
@@ -287,6 +290,7 @@ def sweep(
     where:Literal['auto','here','local','slurm']='auto', # This process, local processes, or Slurm; auto: local on a GPU
     workers:Optional[int]=None,   # Local processes; default 4 on a GPU, packed on it, 1 elsewhere
     device:str='auto',            # Where each run computes
+    again:bool=False,             # Compute also what was finished elsewhere and came with paper_figures/evidence
     verify:Optional[Path]=None,   # Instead: compute this committed run again, e.g. paper_figures/evidence/distill-..., and compare
 ):
     """Compute the missing runs of a scale.
@@ -301,7 +305,7 @@ def sweep(
     s = load_scale(scale)
     groups = worth_groups(s) if experiment=='all' else [experiment_configs(experiment, s, **s.experiments.get(experiment, {}))]
     if where=='auto': where = 'local' if pick_device(device).type=='cuda' and 'RANK' not in os.environ else 'here'
-    records = sweep(groups, runs or runs_dir(), s.name, where, workers, minutes, device)
+    records = sweep(groups, runs or runs_dir(), s.name, where, workers, _left(minutes), device, known=None if again else figures_dir()/'evidence')
     print(f'{len(records)} of {sum(map(len, groups))} runs are done')
 
 # %% ../nbs/54_cli.ipynb #e5f0ad83
@@ -383,7 +387,8 @@ def main(
     args=None, # Words after `ditnano`; default those of the process
 ):
     "Run the command; a mistake is one line and exit status 2."
-    run = tyro.extras.subcommand_cli_from_dict
+    global _begin
+    run, _begin = tyro.extras.subcommand_cli_from_dict, time.monotonic()
     try: run(COMMANDS, prog='ditnano', description='Design, distill, measure and ship tiny one-step diffusion transformers.', args=args)
     except KeyboardInterrupt: sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone, as head does

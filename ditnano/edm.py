@@ -132,8 +132,9 @@ def augment(
     images = torch.where(chosen('flip_y'), images.flip(2), images)
     moved = labels[:,2:].ne(0).any(1).nonzero()[:,0]
     if len(moved):
-        grid = F.affine_grid(_grid_matrix(v)[moved].to(dev), (len(moved),*images.shape[1:]), align_corners=False)
-        new = F.grid_sample(images[moved.to(dev)], grid, padding_mode='reflection', align_corners=False)
+        with torch.autocast(dev.type, enabled=False):   # places in bfloat16 are off by a tenth of a pixel
+            grid = F.affine_grid(_grid_matrix(v)[moved].to(dev), (len(moved),*images.shape[1:]), align_corners=False)
+            new = F.grid_sample(images[moved.to(dev)], grid, padding_mode='reflection', align_corners=False)
         images = images.index_copy(0, moved.to(dev), new)
     return images, labels.to(dev)
 

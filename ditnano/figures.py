@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INK', 'FAINT', 'SERIES', 'INCHES', 'RC', 'SINGLE', 'SEVERAL', 'PLAIN', 'SCALES', 'MEASURED', 'ASKED', 'TIMING',
-           'NOT_RUN', 'NOT_MEASURED', 'PROOF', 'lightness', 'theme', 'figure', 'stamp', 'pick', 'distances', 'scores',
-           'latency_note', 'rows_of', 'best_scale', 'open_runs', 'publish_drawn', 'with_latency', 'over_seeds',
-           'beside', 'escape_tex', 'as_text', 'save_table', 'save_figure']
+           'NOT_RUN', 'NOT_MEASURED', 'PROOF', 'PROVING', 'lightness', 'theme', 'figure', 'stamp', 'pick', 'distances',
+           'scores', 'latency_note', 'rows_of', 'best_scale', 'open_runs', 'publish_drawn', 'with_latency',
+           'over_seeds', 'beside', 'escape_tex', 'as_text', 'save_table', 'save_figure']
 
 # %% ../nbs/52_figures.ipynb #e6e9c211
 import textwrap
@@ -135,8 +135,8 @@ def latency_note(
     "How the seconds for 50,000 images were come by."
     timed = frame[frame.seconds_50k.notna()] if 'seconds_50k' in frame else frame[:0]
     if not len(timed): return 'latency not measured'
-    each = {c:', '.join(map(_number, _values(timed,f'latency_{c}'))) for c in ('batches','batch','guidance','precision','attention')}
-    said = [f'{k} {each[k]}' for k in ('guidance','precision','attention') if each[k]]
+    each = {c:', '.join(map(_number, _values(timed,f'latency_{c}'))) for c in ('batches','batch','guidance','precision','backend','attention')}
+    said = [f'{k} {each[k]}' for k in ('guidance','precision','backend','attention') if each[k]]
     return f"seconds for 50,000 images extrapolated from {each['batches']} batches of {each['batch']}, {', '.join(said)}, on {', '.join(_values(timed,'card'))}"
 
 # %% ../nbs/52_figures.ipynb #0ea67ea3
@@ -207,7 +207,7 @@ def publish_drawn(
     return len(kept)
 
 # %% ../nbs/52_figures.ipynb #5285cb3e
-TIMING = ['seconds_50k','p50_ms','p90_ms','p99_ms','latency_batch','latency_batches','latency_guidance','latency_precision','latency_attention','card']
+TIMING = ['seconds_50k','p50_ms','p90_ms','p99_ms','latency_batch','latency_batches','latency_guidance','latency_precision','latency_backend','latency_attention','card']
 
 def with_latency(
     ours,                 # Rows of students
@@ -264,7 +264,8 @@ def beside(
     return both.assign(seeds=both.seeds.fillna(0).astype(int)).rename(columns=printed)
 
 # %% ../nbs/52_figures.ipynb #17f6dc1e
-PROOF = 'smoke: proof of path'   # Printed on whatever is made at this scale
+PROOF = 'proof of path'           # Printed, behind the scale's name, on whatever ranks nothing
+PROVING = ('smoke','cifar-path')  # Scales of which that is true
 _TEX = {'\\':r'\textbackslash{}', '&':r'\&', '%':r'\%', '$':r'\$', '#':r'\#', '_':r'\_', '{':r'\{', '}':r'\}', '~':r'\textasciitilde{}',
         '^':r'\textasciicircum{}', '±':r'$\pm$', '·':r'$\cdot$', '×':r'$\times$', 'λ':r'$\lambda$'}
 
@@ -282,12 +283,12 @@ def _cell(x, decimals):
 # %% ../nbs/52_figures.ipynb #85647521
 def as_text(
     frame,              # A table, with 'X sd' columns beside their X
-    decimals:dict=None, # Column -> digits after the point; 2 for the rest
+    decimals:dict=None, # Column -> digits after the point; 2 for the rest, 0 from a thousand on
 )->"pd.DataFrame": # Strings only
-    "Numbers as people read them, a deviation joined to its mean."
+    "Numbers as people read them, a deviation joined to its mean; thousands need no decimals."
     out = {}
     for c in (c for c in frame if not (c.endswith(' sd') and c[:-3] in frame)):
-        n = (decimals or {}).get(c, 2)
+        n = (decimals or {}).get(c, 2*(pd.to_numeric(frame[c], errors='coerce').abs().max()<1000))
         out[c] = [_cell(x,n) for x in frame[c]]
         if f'{c} sd' in frame: out[c] = [f'{a} ± {_cell(s,n)}' if pd.notna(s) else a for a,s in zip(out[c], frame[f'{c} sd'])]
     return pd.DataFrame(out)
@@ -319,10 +320,11 @@ def save_table(
     scale:str,          # Name of the scale
     note:str,           # The stamp, and what else must be said under the table
     title:str='',       # What it shows
-    decimals:dict=None, # Column -> digits after the point; 2 for the rest
+    decimals:dict=None, # Column -> digits after the point; 2 for the rest, 0 from a thousand on
 )->list: # The three files
     "Save a table as CSV, Markdown and LaTeX, each whole or not at all."
-    note = f'{PROOF} · {note}' if scale=='smoke' else note
+    if any(str(c).endswith(' sd') for c in frame): note += ' · ±: one standard deviation over seeds'
+    if scale in PROVING: note = f'{scale}: {PROOF} · {note}'
     text, align = as_text(frame, decimals), _align(frame)
     csv = frame.map(_rounded).assign(stamp=note).to_csv(index=False, lineterminator='\n')
     made = {'csv':csv, 'md':_markdown(text, align, title or name, note), 'tex':_latex(text, align, title or name, note, name)}
@@ -335,9 +337,10 @@ def _stamped(fig, note, proof):
     "Write the note under the panels; gives back what was written."
     high, lines = fig.get_figheight(), textwrap.wrap(note, int(fig.get_figwidth()*24))
     foot = 0.03+0.108*len(lines)   # inches
-    fig.get_layout_engine().set(rect=(0, (foot+0.15*proof+0.02)/high, 1, 1-(foot+0.15*proof+0.02)/high))
+    base = foot+0.15*bool(proof)+0.02
+    fig.get_layout_engine().set(rect=(0, base/high, 1, 1-base/high))
     written = [fig.text(0.04/fig.get_figwidth(), 0.03/high, '\n'.join(lines), size=5.5, color='#666666', va='bottom', linespacing=1.25)]
-    if proof: written.append(fig.text(0.04/fig.get_figwidth(), (foot+0.02)/high, PROOF, size=7.5, weight='bold', color=SERIES['proposed']['color'], va='bottom'))
+    if proof: written.append(fig.text(0.04/fig.get_figwidth(), (foot+0.02)/high, proof, size=7.5, weight='bold', color=SERIES['proposed']['color'], va='bottom'))
     return written
 
 def save_figure(
@@ -349,7 +352,7 @@ def save_figure(
 )->list: # The two files
     "Save a figure as PDF and PNG, with its note on its face."
     if not note: raise ValueError(f"{name}: no note; expected the stamp of the runs that are drawn")
-    written = _stamped(fig, note, scale=='smoke')
+    written = _stamped(fig, note, f'{scale}: {PROOF}' if scale in PROVING else '')
     for suffix,plain in (('pdf',dict(CreationDate=None, ModDate=None)), ('png',dict(Software=None))):
         with atomic(Path(out)/f'{name}.{suffix}') as tmp: fig.savefig(tmp, format=suffix, metadata=plain)
     for t in written: t.remove()

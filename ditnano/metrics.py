@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'EXTRACTORS', 'INCEPTION', 'RESIZE', 'USUAL', 'as_bytes', 'Statistics', 'statistics', 'frechet_distance',
-           'classifier_score', 'accuracy', 'Extractor', 'exact_convolutions', 'extractor_file', 'available_extractors',
-           'get_extractor', 'images_hash', 'save_statistics', 'load_statistics', 'reference_statistics', 'frechet',
-           'TensorImages', 'fidelity', 'loss_backbone', 'check_judges', 'named', 'evaluate', 'over_blocks', 'card']
+           'classifier_score', 'accuracy', 'Extractor', 'extractor_file', 'available_extractors', 'get_extractor',
+           'images_hash', 'save_statistics', 'load_statistics', 'reference_statistics', 'frechet', 'TensorImages',
+           'fidelity', 'loss_backbone', 'check_judges', 'named', 'evaluate', 'over_blocks', 'card']
 
 # %% ../nbs/41_metrics.ipynb #1a64497d
 import contextlib, hashlib
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .repro import atomic, cache_dir, content_hash, file_hash, import_guarded, library_versions, pick_device, torch_home, weights_dir
+from .repro import atomic, cache_dir, content_hash, exact_convolutions, file_hash, import_guarded, library_versions, pick_device, torch_home, weights_dir
 from .classifier import load_classifier
 from .edm import to_bytes
 
@@ -118,15 +118,6 @@ class Extractor:
         join = lambda ts: torch.cat([t.detach().cpu() for t in ts]).double().numpy()
         features, logits = zip(*parts)
         return {'features':join(features), 'logits':None if logits[0] is None else join(logits)}
-
-# %% ../nbs/41_metrics.ipynb #22a02767
-@contextlib.contextmanager
-def exact_convolutions():
-    "Full float32 in convolutions and matrix products while the block lasts."
-    was = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try: yield
-    finally: torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = was
 
 # %% ../nbs/41_metrics.ipynb #f0c6b5ba
 EXTRACTORS = {'digitsnet':'digits32', 'cifarnet':'cifar10', 'digitslens':'digits32', 'cifarlens':'cifar10', 'squeezenet':None, 'inception':None}

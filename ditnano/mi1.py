@@ -51,12 +51,17 @@ class MI1Recipe(GETRecipe):
         self.path = dict(sigma_min=sigma_min, literal=literal)
         self.identity |= {'layers':list(self.layers), 'times':list(self.times), **self.path}
 
-    def score(self, model, z, x, y, t, drop):
+    def inputs(self, batch, step):
+        "As for every recipe, and the points of the path."
+        z, x, y, t, drop = super().inputs(batch, step)
+        return z, y, t, drop, *targets(z, x, self.times, **self.path)
+
+    def score(self, model, z, y, t, drop, *points):
         "The sum over mapped layers of how far their pictures are from the path's."
         made, tokens = model(z, t, y, drop=drop, taps=self.layers)
         c = self.model.condition(t, y, drop)
         pictures = [made if l==self.model.cfg.depth else self.model.decode(tokens[l], c) for l in self.layers]
-        return sum(self.match(p.float(), target) for p,target in zip(pictures, targets(z, x, self.times, **self.path)))
+        return sum(self.match(p.float(), point) for p,point in zip(pictures, points))
 
 # %% ../nbs/31d_mi1.ipynb #d202bb29
 def _check(student, layers, times):

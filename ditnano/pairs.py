@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from . import edm
 from .config import PRECISIONS
 from .published import Published
-from .repro import atomic, cache_dir, content_hash, data_dir, file_hash, noise_and_labels, pick_device, weights_dir, write_json
+from .repro import atomic, cache_dir, content_hash, data_dir, exact_convolutions, file_hash, noise_and_labels, pick_device, weights_dir, write_json
 
 # %% ../nbs/23_pairs.ipynb #1de8d5b1
 def teacher_hash(
@@ -70,7 +70,7 @@ def sample_pairs(
     z, y = noise_and_labels(seeds, recipe['shape'], max(1, recipe['classes']))
     onehot = F.one_hot(y, recipe['classes']).float().to(device) if recipe['classes'] else None
     s = recipe['sampler']
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=s.get('precision')=='bf16'):
+    with exact_convolutions(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=s.get('precision')=='bf16'):
         x = edm.heun_sampler(net, z.to(device), onehot, steps=s['steps'], sigma_min=s['sigma_min'], sigma_max=s['sigma_max'], rho=s['rho'])
     x = x.float().cpu()
     bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

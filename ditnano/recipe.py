@@ -90,7 +90,7 @@ class GETModelRecipe(GETRecipe):
     def inputs(self, batch, step):
         "Noise, images, labels, and where the search for the equilibrium begins."
         (z, x, y), cfg = batch, self.model.cfg
-        return z, x, y, step.share(torch.randn(step.batch, (cfg.image_size//cfg.patch)**2, cfg.width, generator=step.generator)).to(z.device)
+        return z, x, y, step.share(step.randn(step.batch, (cfg.image_size//cfg.patch)**2, cfg.width, device=z.device))
 
     def score(self, model, z, x, y, z0):
         "The six images against the teacher's, weighted."

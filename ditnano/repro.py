@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'content_hash', 'file_hash', 'atomic',
            'write_json', 'cache_dir', 'data_dir', 'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir',
-           'pick_device', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
+           'pick_device', 'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib, hashlib, importlib, json, os, platform, shutil, subprocess, sys, tempfile, warnings
@@ -139,6 +139,16 @@ def pick_device(
     if not here[kind]: raise RuntimeError(f"device {name!r} is not here; cpu is")
     return torch.device(name)
 
+# %% ../nbs/00_repro.ipynb #dc56e7a3
+@contextlib.contextmanager
+def exact_convolutions():
+    "Full float32 in convolutions and matrix products while the block lasts."
+    import torch
+    was = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try: yield
+    finally: torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = was
+
 # %% ../nbs/00_repro.ipynb #2d68b405
 _guards = []  # a torch.library handle unregisters its schemas when it is collected, so it must stay alive
 
@@ -176,9 +186,9 @@ def _git(*args):
     try: return subprocess.run(['git',*args], cwd=repo_root(), capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, FileNotFoundError, subprocess.SubprocessError): return ''
 
-def code_version()->dict: # `version` of the package, `commit` and `dirty` where there is a checkout
+def code_version()->dict: # `version` of the package, `commit` and `dirty` where there is a checkout or `DITNANO_COMMIT` tells the commit
     "Which code is running."
-    commit = _git('rev-parse','HEAD')
+    commit = os.environ.get('DITNANO_COMMIT') or _git('rev-parse','HEAD')
     out = {'version':importlib.import_module('ditnano').__version__, 'commit':commit or None}
     return out | {'dirty':bool(_git('status','--porcelain','--untracked-files=no','--','ditnano'))} if commit else out
 

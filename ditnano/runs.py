@@ -198,14 +198,17 @@ def run_once(
     scale:str='',     # Name of the scale
     seed:int=0,       # The seed, for columns; it must also stand in `config`
     force:bool=False, # Throw away what is there and compute again
+    wait:float=math.inf, # Seconds to wait for another process that computes it
+    whole=lambda folder: True, # Says of a finished run's folder whether all that is needed is there; if not, it is computed again
 )->dict: # The record, as in result.json
     "Compute a run unless it is done; a failed attempt leaves no result and is tried again."
     run = Run(root, kind, config)
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not force and (record := read_result(run.folder)) and scale in ('', record['scale']): return _found(run, record, scale)
-    with run_lock(run.folder):
-        if force: _clear(run.folder)
-        if record := read_result(run.folder): return _found(run, record, scale)
+    if not force and (record := read_result(run.folder)) and whole(run.folder) and scale in ('', record['scale']): return _found(run, record, scale)
+    with run_lock(run.folder, wait):
+        record = read_result(run.folder)
+        if force or record and not whole(run.folder): _clear(run.folder)
+        elif record: return _found(run, record, scale)
         return _compute(run, compute, name, scale, seed)
 
 # %% ../nbs/50_runs.ipynb #30872ea9
@@ -238,11 +241,11 @@ def _trained(c):
 def _machine(card):
     if not isinstance(card, dict): return card
     name = card.get('device_name') or card.get('device')
-    return f"{name}, {card['threads']} threads" if card.get('device')=='cpu' and card.get('threads') else name
+    return f"{name}, {card['threads']} thread{'s'*(card['threads']!=1)}" if card.get('device')=='cpu' and card.get('threads') else name
 
 def _timed(c, latency):
     every = {k:latency.get(k) for k in ('seconds_50k','p50_ms','p90_ms','p99_ms','images_per_s')}
-    setting = {f'latency_{k}':latency.get(k, c.get(k)) for k in ('batch','batches','guidance','precision','backend','attention')}
+    setting = {f'latency_{k}':latency.get(k, c.get(k)) for k in ('batch','batches','settled','guidance','precision','backend','attention')}
     return (every | setting | dict(card=_machine(latency.get('card')))) if latency else {}
 
 # %% ../nbs/50_runs.ipynb #6f3e95e3

@@ -199,7 +199,8 @@ def image_memory(
     cfg,explicit = model.cfg,any(getattr(m, 'backend', '')=='explicit' for m in model.modules())
     tokens,h = (cfg.image_size//cfg.patch)**2,max(getattr(cfg, 'heads_per_layer', [cfg.heads]))
     ratio = max(cfg.mlp_ratio, getattr(cfg, 'eq_mlp_ratio', 0))
-    kept = tokens*cfg.width*(6+2*ratio+3*getattr(cfg, 'eq_depth', 0)) + 3*explicit*h*tokens**2
+    scores = explicit or precision=='fp32' and cfg.width//h%4   # a GPU's fused kernels take heads of 4, 8, ... features in float32
+    kept = tokens*cfg.width*(6+2*ratio+3*getattr(cfg, 'eq_depth', 0)) + 3*bool(scores)*h*tokens**2
     return int((1 if guidance==1 else 2)*(4 if precision=='fp32' else 2)*kept) + 16*cfg.channels*cfg.image_size**2
 
 # %% ../nbs/40_sampling.ipynb #68cc226f

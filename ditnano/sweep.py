@@ -58,10 +58,9 @@ def _beside(config, root, scale, device, log, deadline):
     if config['recipe']=='dmd': return (config['options']['teacher'] or config['teacher'])['name']
     if config['recipe']!='ta': return None
     own = assistant_config(config)
-    folder = Run(root, 'distill', own).folder/'student'
-    try: distill_run(own, root, scale, device, log, not (folder/'model.safetensors').is_file(), _minutes(deadline))
+    try: distill_run(own, root, scale, device, log, minutes=_minutes(deadline), weights=True)
     except OutOfTime as e: raise OutOfTime(f'its assistant: {e}') from None
-    return folder
+    return Run(root, 'distill', own).folder/'student'
 
 def _student(config, folder, root, scale, device, log, deadline):
     "Train, or go on training; the averaged student, and the seconds that training took in all."
@@ -148,16 +147,22 @@ def distill_run(
     log=None,           # Called with each line of the history
     force:bool=False,   # Throw away what is there
     minutes:float=None, # Stop, with a checkpoint, when this time is up
+    weights:bool=False, # A record without its weights, as from another machine, does not do
 )->dict: # The record
     "Distil and judge one student, unless it is done; raises OutOfTime. Of several processes the first judges and records."
     (rank, world), folder, deadline = _rank(), Run(root, 'distill', config).folder, _deadline(minutes)
-    done = _agreed(not force and read_result(folder) is not None, device)
+    whole = lambda folder: not weights or (folder/'student'/'model.safetensors').is_file()
+    done = _agreed(not force and read_result(folder) is not None and whole(folder), device)
     if not done and minutes is not None and _agreed(minutes, device)<=0: raise OutOfTime(LATER)
     train = lambda: _student(config, folder, root, scale, device, log, deadline)
     if rank: return read_result(folder) if done else _follow(train, config, folder, device)
     if done and not (folder/'config.json').is_file(): write_json(folder/'config.json', read_result(folder)['config'])
     compute = lambda folder: _lead(train, config, folder, scale, device)
-    return run_once(root, 'distill', config, compute, _name(config), scale, config['train']['seed'], force)
+    wait = max(0, deadline-time.monotonic())
+    try: record = run_once(root, 'distill', config, compute, _name(config), scale, config['train']['seed'], force, wait, whole)
+    except TimeoutError as e: raise OutOfTime(f'another process has it ({e})') from None
+    (folder/'state.safetensors').unlink(missing_ok=True)   # not before the record is there
+    return record
 
 # %% ../nbs/51_sweep.ipynb #de6ed216
 def _lead(train, config, folder, scale, device):
@@ -169,7 +174,6 @@ def _lead(train, config, folder, scale, device):
     _make_parts(student, config, folder, device)
     metrics = _judge(student, config, folder, device)
     shutil.rmtree(folder/'parts')
-    (folder/'state.safetensors').unlink()
     world = {'processes':_rank()[1]} if _rank()[1]>1 else {}
     return {'metrics':metrics, 'samples':config['eval']['samples'], 'device':where|{'train_seconds':seconds}|world, 'artefacts':['samples.png','evaluation.json']}
 
@@ -217,7 +221,8 @@ def latency_run(
     student, device = as_student(config['student']), config['machine']['device']
     model = (GET if isinstance(student, GETConfig) else DiT)(student)
     def compute(folder):
-        timed = time_sampling(randomise(model), config['batch'], 50_000, config['batches'], config['guidance'], config['precision'], device=device, max_seconds=6)
+        patience = 6 if config['batches']<5 else 60   # seconds; a big design on a CPU needs them to settle
+        timed = time_sampling(randomise(model), config['batch'], 50_000, config['batches'], config['guidance'], config['precision'], device=device, max_seconds=patience)
         return {'latency':timed, 'samples':config['batch']*config['batches'], 'device':timed['card']}
     return run_once(root, 'latency', config, compute, f"latency {type(model).__name__} ({student.depth}, {student.width}, {student.heads})", scale)
 
@@ -235,29 +240,35 @@ def _slurm(configs, root, scale, device, minutes, cluster=None, **parameters):
     return executor.map_array(_one, configs, *([v]*len(configs) for v in (root, scale, device, minutes)))
 
 # %% ../nbs/51_sweep.ipynb #95dfd238
-GRACE = 45  # Seconds after the limit until a local process is ended that is still judging, or waits for another
+GRACE = 45  # Seconds before the limit at which training stops, so that judging ends in time; a tenth of a shorter limit
 
-def _process(config, root, scale, device, left, workers):
+def _grace(minutes): return min(GRACE, 6*minutes)
+
+def _until(config, root, scale, device, until):
+    "A run that must stop training at a time of the day, however long Python took to start."
+    return _one(config, root, scale, device, None if until is None else (until-time.time())/60)
+
+def _process(config, root, scale, device, left, workers, grace):
     "One run in a Python of its own; one that is done, or for which there is no time, needs none."
     folder, minutes = Run(root, 'distill', config).folder, left()
     if read_result(folder) or (minutes is not None and minutes<=0): return _one(config, root, scale, device, 0)
-    program = 'import json, sys; from ditnano.sweep import _one; print(json.dumps(_one(*json.load(sys.stdin))))'
+    program = 'import json, sys; from ditnano.sweep import _until; print(json.dumps(_until(*json.load(sys.stdin))))'
     env = {'OMP_NUM_THREADS':str(max(1, os.cpu_count()//workers)), **os.environ}
-    how = dict(input=json.dumps([config,str(root),scale,device,minutes]), timeout=None if minutes is None else 60*minutes+GRACE)
-    try: done = subprocess.run([sys.executable,'-c',program], capture_output=True, text=True, env=env, **how)
-    except subprocess.TimeoutExpired: return f'ended {GRACE} s after the limit, goes on next time'
+    until, limit = (None, None) if minutes is None else (time.time()+60*minutes, 60*minutes+grace)
+    try: done = subprocess.run([sys.executable,'-c',program], input=json.dumps([config,str(root),scale,device,until]), capture_output=True, text=True, env=env, timeout=limit)
+    except subprocess.TimeoutExpired: return 'ended at the limit while it was judged or waited, goes on next time'
     if done.returncode: raise RuntimeError((done.stderr.strip().splitlines() or ['no message'])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/51_sweep.ipynb #3d396671
 @contextlib.contextmanager
-def _calls(where, workers, configs, root, scale, device, left, **slurm):
+def _calls(where, workers, configs, root, scale, device, left, grace, **slurm):
     "One function per configuration that gives its record, or what it says when time is up."
     how = (root, scale, device)
     if where=='here': yield [lambda c=c: _one(c, *how, left()) for c in configs]
     elif where=='slurm': yield [j.result for j in _slurm(configs, *how, left(), **slurm)]
     else:
-        with ThreadPoolExecutor(workers) as pool: yield [pool.submit(_process, c, *how, left, workers).result for c in configs]
+        with ThreadPoolExecutor(workers) as pool: yield [pool.submit(_process, c, *how, left, workers, grace).result for c in configs]
 
 def _workers(workers, device):
     from ditnano.repro import pick_device
@@ -279,19 +290,29 @@ def sweep(
     minutes:float=math.inf, # When this time is up start no run, and stop those in progress with a checkpoint
     device:str='auto',   # Where each run computes
     log=print,           # Called with one line per run
+    known:Path=None,     # Another folder of finished runs, such as the committed evidence, that need not be computed again
     **slurm,             # Parameters of submitit's executor
-)->list: # Records of the finished runs
+)->list: # Records of the finished runs, known ones first
     "Compute the missing runs; a failed one does not stop the others, and is named at the end."
     if where not in ('here','local','slurm'): raise ValueError(f"where={where!r}; expected 'here', 'local' or 'slurm'")
     if _rank()[1]>1 and where!='here': raise ValueError(f"where={where!r} in {_rank()[1]} processes; expected 'here' under accelerate launch")
-    configs, deadline, workers = _in_order(configs, root), _deadline(None if minutes==math.inf else minutes), _workers(workers, device)
-    with _calls(where, workers, configs, root, scale, device, lambda: _minutes(deadline), **slurm) as calls:
-        records, wrong, left = _gather(configs, calls, root, (lambda line: None) if _rank()[0] else log)
-    if left and not _rank()[0]: log(f"time is up: {left} run{'s'*(left>1)} left for next time")
+    if _rank()[0]: log = lambda line: None
+    (configs, elsewhere), grace = _apart(_in_order(configs, root), root, known), 0 if minutes==math.inf else _grace(minutes)
+    deadline, workers = _deadline(None if minutes==math.inf else minutes-grace/60), _workers(workers, device)
+    if elsewhere: log(f"{len(elsewhere)} run{'s'*(len(elsewhere)>1)} found in {Path(known).name}")
+    with _calls(where, workers, configs, root, scale, device, lambda: _minutes(deadline), grace, **slurm) as calls:
+        records, wrong, left = _gather(configs, calls, root, log)
+    if left: log(f"time is up: {left} run{'s'*(left>1)} left for next time")
     if wrong: raise RuntimeError('; '.join(wrong))
-    return records
+    return elsewhere+records
 
 # %% ../nbs/51_sweep.ipynb #39d8e22b
+def _apart(configs, root, known):
+    "What is to be computed or found here, and the records of what was finished elsewhere."
+    record = lambda c: read_result(Run(known,'distill',c).folder) if known and not read_result(Run(root,'distill',c).folder) else None
+    each = [(c, record(c)) for c in configs]
+    return [c for c,r in each if not r], [r for _,r in each if r]
+
 def _gather(configs, calls, root, log):
     "Records, failures in words, and how many runs had no time."
     records, wrong, left = [], [], 0

@@ -55,6 +55,11 @@ class Step:
         "This process's part of something drawn for the whole batch."
         return x[self.rank::self.world]
 
+    def randn(self, *shape, device):
+        "Unit normals of this step, the same in every process; a large tensor for a GPU is drawn there."
+        if torch.device(device).type!='cuda': return torch.randn(*shape, generator=self.generator).to(device)
+        return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(derive_seed(self.seed,'draw',self.index)))
+
 # %% ../nbs/31_train.ipynb #0924381f
 def learning_rate(
     cfg:TrainConfig, # The run
@@ -256,9 +261,11 @@ def record_gradients(
             fn(*held).backward()
             for p in parameters: p.grad = None
     now.wait_stream(side)
-    with torch.cuda.graph(graph):
-        loss = fn(*held)
-        loss.backward()
+    try:
+        with torch.cuda.graph(graph):
+            loss = fn(*held)
+            loss.backward()
+    finally: torch.cuda.set_stream(now)   # a failed recording would leave its own stream behind
     return graph.replay, loss.detach(), [p.grad for p in parameters]
 
 # %% ../nbs/31_train.ipynb #aa39e707
@@ -294,7 +301,7 @@ class Recorded:
         inputs, self.left = self.task.inputs(batch, step), self.left-1
         if self.left==-1:
             try: self.kept = self.begin(model, inputs)
-            except RuntimeError as e: print(f"step not recorded: {str(e).splitlines()[0]}; training goes on without")
+            except RuntimeError as e: print(f"step not recorded: {str(e).splitlines()[0]}; training goes on without", file=sys.stderr)
             for p in model.parameters(): p.grad = None
         if self.kept is None: return self.plain(model, inputs)
         held, replay, loss, grads = self.kept
