@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Optional
 
 import tyro
 
-from .config import DiTConfig, GETConfig, TrainConfig, load_scale
+from .config import DESIGNS, DiTConfig, GETConfig, TrainConfig, load_scale
 from .experiments import CLIPPED, EVAL_SEED, EXPERIMENTS
 from .principles import propose
 from .repro import figures_dir, repo_root, runs_dir, write_json
@@ -349,7 +349,9 @@ def _notebooks(only):
     return [p for room in ('experiments','paper') for p in sorted((repo_root()/'nbs'/room).glob('*.ipynb')) if p.stem in only.split(',')]
 
 # %% ../nbs/54_cli.ipynb #90265f40
-LIVE = {'latency':'cpu', 'students':'cpu'}  # Experiments that the best needs from the machine at hand, and at which scale
+LIVE = {'latency':{'designs':[list(d) for d in DESIGNS][:6], 'off_for':[[5,64,8]]}, 'students':{}}  # What the best computes on the machine at hand, at scale cpu: Table 2's designs, not all
+
+def _live(): return replace(s := load_scale('cpu'), experiments=s.experiments|LIVE)
 
 def _stages(scale, notebooks):
     "Which notebooks run at which scale, in this order."
@@ -357,7 +359,7 @@ def _stages(scale, notebooks):
     computing, drawing = ([p for p in notebooks if (p.parent.name=='paper')==drawn] for drawn in (False, True))
     for p in computing:
         if p.stem not in LIVE and len(notebooks)<len(_notebooks(None)): raise ValueError(f"{p.stem} computes, and best only draws; expected --scale smoke, or another")
-    return [*((LIVE[p.stem], [p]) for p in computing if p.stem in LIVE), ('best', drawing)]
+    return [*((_live(), [p]) for p in computing if p.stem in LIVE), ('best', drawing)]
 
 def _dry_best(runs, out):
     from ditnano.figures import ASKED, best_scale, open_runs, rows_of

@@ -212,7 +212,7 @@ def _each(pool, paths, one):
 # %% ../nbs/53_mill.ipynb #ff4829fb
 def mill(
     notebooks,         # Paths
-    scale='smoke',     # Name of a scale, path of its YAML file, or 'best' for drawings of the best that has been run
+    scale='smoke',     # Name of a scale, path of its YAML file, 'best' for drawings of the best that has been run, or a committed Scale with other parameters
     workers:int=1,     # Notebooks at a time
     runs='',           # Folder of runs; `runs/` in the repository by default
     out='',            # Folder of figures; `paper_figures/` in the repository by default
@@ -220,8 +220,8 @@ def mill(
     say=say_now,       # Takes the lines of progress
 )->list: # One dict per notebook: notebook, seconds, skipped
     "Run notebooks at a scale: experiments first, drawings last, and those only where something changed."
-    loaded = Scale('best') if scale=='best' else load_scale(scale)
-    name = str(Path(scale).resolve()) if str(scale).endswith(('.yaml','.yml')) else str(scale)
+    loaded = scale if isinstance(scale, Scale) else Scale('best') if scale=='best' else load_scale(scale)
+    name = str(Path(scale).resolve()) if str(scale).endswith(('.yaml','.yml')) else loaded.name
     runs, out = (str(Path(p).resolve()) if p else '' for p in (runs, out))
     _check_stems(loaded, notebooks)
     told = {p:_told(p, loaded, name, runs, out) for p in map(Path, notebooks)}
