@@ -41,6 +41,7 @@ def _distance(config, root):
     record = read_result(Run(root, 'distill', config).folder)
     return record and prod(v for k,v in record['metrics'].items() if k.startswith(('FD-','FID')) and ' ' not in k)
 
+# %% ../nbs/51b_shipping.ipynb #181d5959
 def best_of(
     size:str,  # 0.42M, 2.2M or 5M
     configs,   # Configurations of `distill_config`
