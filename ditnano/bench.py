@@ -251,7 +251,7 @@ def export_run(
     if file not in FILES: raise ValueError(f"file {file!r}; expected one of {', '.join(FILES)}")
     (model, trained), where = _exported(student), fingerprint(pick_device('cpu'))
     name, samples = (Path(student).name if trained else 'random'), scale.samples if trained else 0
-    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'file':file, 'guidance':1.5, 'samples':samples, 'judge':scale.judges[0], 'data':scale.data}
+    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'file':file, 'guidance':1.5, 'samples':samples, 'seed':EVAL_SEED, 'judge':scale.judges[0], 'data':scale.data}
     def compute(folder):
         with tempfile.TemporaryDirectory() as d: metrics = _file_numbers(model, file, Path(d), scale.judges[0], samples, scale.data)
         return {'metrics':metrics, 'samples':samples, 'device':where}

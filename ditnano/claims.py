@@ -214,17 +214,17 @@ def quality(
 # %% ../nbs/52a_claims.ipynb #d0c9d6b1
 BATCHES = 5  # Timed batches behind a latency that counts
 
-def _timings(found, s, scale, needed):
-    "Of one machine, this one first: scale -> {(model, depth, width, heads, guided): row}, where all that is needed was timed alike."
+def _timings(found, s, scale):
+    "What was timed alike, this machine's own first: its name -> {(model, depth, width, heads, guided): row}."
     columns = ('kind','scale','latency_precision','latency_backend','latency_guidance','latency_attention','latency_batch','latency_batches','latency_settled','live','card','p50_ms','p90_ms','seconds_50k','mlp_ratio','steps')
     timed = found.reindex(columns=list(dict.fromkeys([*found,*columns,*NEEDED])))
     for k,v in dict(kind='latency', latency_precision='fp32', latency_backend='eager', mlp_ratio=4.0, steps=1).items(): timed = timed[(timed[k]==v).fillna(False).astype(bool)]
     timed = timed[timed.scale.isin(SCALES if scale=='best' else [s.name]) & (timed.latency_batches>=BATCHES) & timed.latency_settled.eq(True)]
-    sets = {}
+    sets, several = {}, timed.groupby('card').scale.nunique()
     for (card,_,_,name),own in timed.groupby(['card','latency_attention','latency_batch','scale'], dropna=False):
-        rows = {(r.model,r.depth,r.width,r.heads,r.latency_guidance!=1):r for r in own.itertuples()}
-        if set(needed)<=set(rows): sets.setdefault((not own.live.eq(True).any(), card), {})[name] = {k:rows[k] for k in needed}
-    return sets[min(sets)] if sets else {}
+        said = f'{card}, scale {name}' if several[card]>1 else card
+        sets[not own.live.eq(True).any(), said] = {(r.model,r.depth,r.width,r.heads,r.latency_guidance!=1):r for r in own.itertuples()}
+    return {said:sets[live,said] for live,said in sorted(sets)}
 
 def _against(a, b, factor):
     if a.p90_ms<factor*b.p50_ms: return 'lower'
@@ -239,19 +239,19 @@ def latency(
 )->Part:
     "The part of a claim that a stop-watch decides, on the machine that holds it."
     designs = list(dict.fromkeys(d for a,b,_ in wanted for d in (a,b)))
-    sets = _timings(found, s, scale, designs)
-    if not sets: return Part('latency', OPEN, 'not timed', f"no machine has timed {', '.join(map(_timed_name,designs))} alike, in {BATCHES} batches or more after it had settled")
-    got = [{_against(rows[a], rows[b], f) for rows in sets.values()} for a,b,f in wanted]
+    sets = {n:own for n,rows in _timings(found, s, scale).items() if len(own := {d:rows[d] for d in designs if d in rows})>1}
+    got = [{_against(rows[a], rows[b], f) for rows in sets.values() if a in rows and b in rows} for a,b,f in wanted]
+    if set() in got: return Part('latency', OPEN, 'not timed', f"no machine has timed all of {', '.join(map(_timed_name,designs))}, in {BATCHES} batches or more after it had settled")
     outcome = FAILS if {'higher'} in got else HOLDS if all(g=={'lower'} for g in got) else OPEN
     shown = [w for w,g in zip(wanted,got) if outcome==HOLDS or (g=={'higher'} if outcome==FAILS else g!={'lower'})]
-    why = '; '.join(_ratio(sets,*w) for w in shown)+(', which is within what the batches differ, or changes from timing to timing' if outcome==OPEN else '')
+    why = '; '.join(_ratio(sets,*w) for w in shown)+(', which is within what the batches differ, or changes from machine to machine' if outcome==OPEN else '')
+    ours = '; '.join(f"{', '.join(f'{_timed_name(d)} {r.seconds_50k:,.0f} s' for d,r in rows.items())} on {n}" for n,rows in sets.items())
     every = [r for rows in sets.values() for r in rows.values()]
-    ours = '; '.join(f"{n}: {', '.join(f'{_timed_name(d)} {rows[d].seconds_50k:,.0f} s' for d in designs)}" for n,rows in sets.items())
-    return Part('latency', outcome, f'{ours}; for 50,000 images on {every[0].card} (not the Jetson)', why, ' and '.join(sets), tuple(r.folder for r in every), machine=every[0].card)
+    return Part('latency', outcome, f'{ours}; for 50,000 images, none of them on the Jetson', why, ', '.join(dict.fromkeys(r.scale for r in every)), tuple(r.folder for r in every), machine=' and '.join(dict.fromkeys(r.card for r in every)))
 
 # %% ../nbs/52a_claims.ipynb #9abe42bb
 def _ratio(sets, a, b, f):
-    each = ' and '.join(f"{rows[a].p50_ms/rows[b].p50_ms:.2f}"+f' ({n})'*(len(sets)>1) for n,rows in sets.items())
+    each = ' and '.join(f"{rows[a].p50_ms/rows[b].p50_ms:.2f}"+f' ({n})'*(len(sets)>1) for n,rows in sets.items() if a in rows and b in rows)
     return f"{_timed_name(a)} takes {each} times as long as {_timed_name(b)}{_asked(a,b,f)}"
 
 def _asked(a, b, f):
@@ -511,7 +511,7 @@ def _came_to(p):
 
 def _sentence(p, alone):
     outcome = _SAID[p.outcome]
-    where = ' on this machine' if p.kind=='latency' and p.scale else ''
+    where = f' on {p.machine}' if p.machine and p.outcome!=OPEN else ''
     return f"{p.why[0].upper()}{p.why[1:]}." if alone else f"{p.kind.capitalize()}, {outcome}{where}: {p.why}."
 
 def _verdict(c, found, scale):
