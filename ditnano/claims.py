@@ -308,7 +308,7 @@ def deciding(
     part:Part,          # The part that came out open
 )->str: # A sentence
     "The runs that would decide a part, and what they would cost."
-    if part.kind=='latency': return 'To decide: time these designs again, with more batches, on a machine that does nothing else (nbs/experiments/latency; minutes, no training).'
+    if part.kind=='latency': return 'To decide: time these designs with more batches and nothing else running, best on the Jetson itself (nbs/experiments/latency; minutes, no training).'
     if part.seeds>MANY: return f'At the spread of {part.judge} more than {MANY} seeds a row would be needed: by that judge they may well be alike.'
     if 'one judge' in part.why and 'not run' not in part.why: return f'A second judge for the runs of scale {part.scale} may decide it, at no training.'
     for name in dict.fromkeys([part.scale, 'cpu','gpu']):
