@@ -54,10 +54,11 @@ def fresh(
     step,        # A step of the training
     shape,       # Of one image (C, R, R)
     classes:int, # Labels 0..classes-1
-)->tuple: # Noise (N, C, R, R), labels (N,); this process's share, on the CPU
+    device='cpu',
+)->tuple: # Noise (N, C, R, R), labels (N,); this process's share
     "New noise and labels, paired with no image."
-    z = torch.randn(step.batch, *shape, generator=step.generator)
-    return step.share(z), step.share(torch.randint(classes, (step.batch,), generator=step.generator))
+    z = step.randn(step.batch, *shape, device=device)
+    return step.share(z), step.share(torch.randint(classes, (step.batch,), generator=step.generator)).to(device)
 
 def perturb(
     x:torch.Tensor,     # The student's images (N, C, R, R)
@@ -67,9 +68,8 @@ def perturb(
 )->tuple: # Noisy images (N, C, R, R), their levels (N,)
     "Images under noise of random levels."
     j = step.share(torch.randint(low, high+1, (step.batch,), generator=step.generator))
-    noise = step.share(torch.randn(step.batch, *x.shape[1:], generator=step.generator))
-    s = sigma[j].to(x.device)
-    return x+s[:,None,None,None]*noise.to(x.device), s
+    noise, s = step.share(step.randn(step.batch, *x.shape[1:], device=x.device)), sigma[j].to(x.device)
+    return x+s[:,None,None,None]*noise, s
 
 # %% ../nbs/31b_dmd.ipynb #a59f7f54
 def denoised(
@@ -112,7 +112,7 @@ class DMDRecipe(GETRecipe):
     def loss(self, model, batch, step):
         "The pull of the two denoisers on fresh images, and the regression on pairs."
         z, x, y = batch
-        new_z, labels = (t.to(z.device) for t in fresh(step, z.shape[1:], self.model.cfg.classes))
+        new_z, labels = fresh(step, z.shape[1:], self.model.cfg.classes, z.device)
         drop = torch.cat([torch.zeros_like(y, dtype=torch.bool), self.hidden(step, z.device)])
         both = model(torch.cat([new_z,z]), torch.zeros(2*len(z), device=z.device), torch.cat([labels,y]), drop=drop)
         new, paired = both.float().chunk(2)

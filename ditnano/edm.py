@@ -146,12 +146,13 @@ def edm_loss(
     generator=None,       # CPU generator that decides augmentation, noise level and noise
     augment_p:float=0.12, # Chance of each augmentation; unused where the network has no augmentation labels
     reduce:bool=True,     # Mean over the batch; False gives one loss per image (N,)
+    randn=None,           # `randn(*shape, device=...)` draws the noise; default from the generator
 )->torch.Tensor:
     "Weighted denoising error at a random noise level, mean over pixels (EDM, Section 5)."
     n, dev, told = len(images), images.device, None
     if net.cfg.augment_dim: images, told = augment(images, augment_p, generator)
     sigma = (torch.randn(n, generator=generator)*1.2 - 1.2).exp().to(dev)
-    noise = torch.randn(images.shape, generator=generator).to(dev)
+    noise = randn(*images.shape, device=dev) if randn else torch.randn(images.shape, generator=generator).to(dev)
     out = net(images + sigma[:,None,None,None]*noise, sigma, labels, told)
     weight = 1/sigma**2 + 1/net.sigma_data**2
     loss = weight*(out - images).square().mean((1,2,3))   # (N,)

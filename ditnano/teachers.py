@@ -38,7 +38,7 @@ class DenoiseTask:
     def loss(self, model, batch, step):
         images, labels = batch
         x = to_unit(images).to(memory_format=torch.channels_last)
-        return edm_loss(model, x, F.one_hot(labels, len(self.data.classes)), step.generator, self.augment_p)
+        return edm_loss(model, x, F.one_hot(labels, len(self.data.classes)), step.generator, self.augment_p, randn=step.randn)
 
 # %% ../nbs/33_teachers.ipynb #7ff8f41d
 def jitter(

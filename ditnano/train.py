@@ -46,6 +46,7 @@ class Step:
     rank:int=0     # This process
     world:int=1    # Processes
     generator:torch.Generator=None
+    own:torch.Generator=None       # Of a GPU, when one is asked
 
     def __post_init__(self):
         torch.manual_seed(derive_seed(self.seed,'step',self.index,self.rank))  # for dropout inside networks
@@ -58,7 +59,8 @@ class Step:
     def randn(self, *shape, device):
         "Unit normals of this step, the same in every process; a large tensor for a GPU is drawn there."
         if torch.device(device).type!='cuda': return torch.randn(*shape, generator=self.generator).to(device)
-        return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(derive_seed(self.seed,'draw',self.index)))
+        self.own = self.own or torch.Generator(device).manual_seed(derive_seed(self.seed,'draw',self.index))
+        return torch.randn(*shape, device=device, generator=self.own)
 
 # %% ../nbs/31_train.ipynb #0924381f
 def learning_rate(
