@@ -112,7 +112,7 @@ A one-step diffusion transformer (arXiv 2502.14226): depth {m.depth}, width {m.w
 ```python
 from ditnano.dit import DiT
 from ditnano.sampling import sample
-images = sample(DiT.from_pretrained('{name}'), seeds=range(10), guidance={card['config']['eval']['guidance']:g})  # uint8 (10, 3, {m.image_size}, {m.image_size})
+images = sample(DiT.from_pretrained('{name}'), seeds=range(10**8, 10**8+10), guidance={card['config']['eval']['guidance']:g})  # uint8 (10, 3, {m.image_size}, {m.image_size})
 ```
 
 The numbers are distances and scores of the judges named above; only FID and IS mean Inception-v3. Compare them only with numbers of the same judge and sample count.

@@ -254,7 +254,7 @@ def _process(config, root, scale, device, left, workers, grace):
     if read_result(folder) or (minutes is not None and minutes<=0): return _one(config, root, scale, device, 0)
     program = 'import json, sys; from ditnano.sweep import _until; print(json.dumps(_until(*json.load(sys.stdin))))'
     env = {'OMP_NUM_THREADS':str(max(1, os.cpu_count()//workers)), **os.environ}
-    until, limit = (None, None) if minutes is None else (time.time()+60*minutes, 60*minutes+grace)
+    until, limit = (None, None) if minutes is None else (time.time()+60*minutes, 60*minutes+max(grace, 15))   # time for a checkpoint
     try: done = subprocess.run([sys.executable,'-c',program], input=json.dumps([config,str(root),scale,device,until]), capture_output=True, text=True, env=env, timeout=limit)
     except subprocess.TimeoutExpired: return 'ended at the limit while it was judged or waited, goes on next time'
     if done.returncode: raise RuntimeError((done.stderr.strip().splitlines() or ['no message'])[-1])
