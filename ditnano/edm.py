@@ -149,12 +149,12 @@ def edm_loss(
     randn=None,           # `randn(*shape, device=...)` draws the noise; default from the generator
 )->torch.Tensor:
     "Weighted denoising error at a random noise level, mean over pixels (EDM, Section 5)."
-    n, dev, told = len(images), images.device, None
-    if net.cfg.augment_dim: images, told = augment(images, augment_p, generator)
+    n, dev, told, inner = len(images), images.device, None, getattr(net, 'module', net)   # several processes wrap the network
+    if inner.cfg.augment_dim: images, told = augment(images, augment_p, generator)
     sigma = (torch.randn(n, generator=generator)*1.2 - 1.2).exp().to(dev)
     noise = randn(*images.shape, device=dev) if randn else torch.randn(images.shape, generator=generator).to(dev)
     out = net(images + sigma[:,None,None,None]*noise, sigma, labels, told)
-    weight = 1/sigma**2 + 1/net.sigma_data**2
+    weight = 1/sigma**2 + 1/inner.sigma_data**2
     loss = weight*(out - images).square().mean((1,2,3))   # (N,)
     return loss.mean() if reduce else loss
 
