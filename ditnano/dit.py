@@ -150,7 +150,7 @@ def save_student(
         write_json(tmp/'config.json', {'format':FORMAT, 'class':type(model).__name__, 'config':model.cfg.to_dict(), 'dtype':'float16' if half else 'float32', 'card':card})
 
 # %% ../nbs/12_dit.ipynb #ac693148
-STUDENTS = ('nano-digits','nano-0.42m','nano-2.2m','nano-5m') # Names that a trained student may bear
+STUDENTS = ('nano-digits','nano-cifar16','nano-0.42m','nano-2.2m','nano-5m') # Names that a trained student may bear
 
 def _read_config(folder):
     path = folder/'config.json'

@@ -370,7 +370,7 @@ def convert_checkpoint(
     return folder
 
 # %% ../nbs/21_edm.ipynb #21a7f9ac
-TEACHERS = ('digits32','cifar10-small','cifar10-7m','edm-cifar10-vp')
+TEACHERS = ('digits32','cifar16','cifar10-small','cifar10-7m','edm-cifar10-vp')
 
 def _released():
     "The folder of NVIDIA's teacher: given, or made of its file."
@@ -393,7 +393,7 @@ def teacher_folder(
 
 # %% ../nbs/21_edm.ipynb #e7ea6a3a
 def load_teacher(
-    name, # 'digits32', 'cifar10-small', 'cifar10-7m', 'edm-cifar10-vp', a folder made by `save_teacher`, or a released .pkl
+    name, # 'digits32', 'cifar16', 'cifar10-small', 'cifar10-7m', 'edm-cifar10-vp', a folder made by `save_teacher`, or a released .pkl
 )->Precond: # In eval mode, frozen, float32; with `.name`, `.hash` (SHA-256 of the weights' file) and `.card`
     "A teacher, ready to sample."
     path = teacher_folder(name)

@@ -8,6 +8,7 @@ __all__ = ['EVAL_SEED', 'CLIPPED', 'BASE', 'GRIDS', 'EXPERIMENTS', 'train_config
 
 # %% ../nbs/50a_experiments.ipynb #f2c55ef8
 import inspect
+from dataclasses import replace
 
 from .config import DESIGNS, SIZES, DiTConfig, GETConfig, Scale, TrainConfig
 from .runs import run_key
@@ -37,9 +38,9 @@ def content_of(
     scale:Scale, # How much of everything
 )->tuple: # Images and teacher, each a dict of name and sha256
     "What a scale is made of; what is absent raises one line."
-    from ditnano.images import load_images
+    from ditnano.metrics import reference_set
     from ditnano.pairs import teacher_record
-    data = load_images(scale.data)
+    data = reference_set(scale.data)
     return {'name':data.name, 'sha256':data.hash}, teacher_record(scale.teacher)
 
 def _loss(name):
@@ -77,7 +78,7 @@ def distill_config(
     content=None,        # Data and teacher, if they are known
 )->dict: # JSON-able
     "Everything that decides the result of distilling and judging one student."
-    (data, teacher), student = content or content_of(scale), as_student(design)
+    (data, teacher), student = content or content_of(scale), replace(as_student(design), image_size=scale.image_size)
     if guidance is None: guidance = 1.0 if isinstance(student, GETConfig) else scale.guidance
     train = train_config(scale, seed, images=images or scale.images, clip=CLIPPED.get(recipe, 0.0))
     return {'recipe':recipe, 'options':_options(recipe, options or {}), 'student':student.to_dict(), 'train':train.to_dict(), 'loss':_loss(loss or scale.loss),
@@ -90,7 +91,8 @@ def assistant_config(
 )->dict: # Of the run that makes its assistant
     "The assistant's own run."
     if not (design := config['options'].get('assistant')): raise ValueError("recipe 'ta': no assistant; expected a design, as in [12, 384, 12]")
-    return config | {'recipe':'get', 'options':{}, 'student':as_student(design).to_dict()}
+    size = config['student']['image_size']
+    return config | {'recipe':'get', 'options':{}, 'student':replace(as_student(design), image_size=size).to_dict()}
 
 # %% ../nbs/50a_experiments.ipynb #0e424fb8
 BASE = (6,128,4)
@@ -119,7 +121,8 @@ def _mi1(scale, mappings=((6,),(3,6),(2,4,6))):
     return [dict(design=BASE, **({} if tuple(m)==BASE[:1] else dict(recipe='mi1', options=dict(layers=m)))) for m in mappings]
 
 def _get_baseline(scale, models=((6,256,4),(7,192,12)), students=((7,192,12),), images=0):
-    return [dict(design=GETConfig(*m), recipe='get-model', images=images or scale.images) for m in models]+[dict(design=s) for s in students]
+    seen = dict(images=images or scale.images)   # the same for all rows
+    return [dict(design=GETConfig(*m), recipe='get-model', **seen) for m in models]+[dict(design=s, **seen) for s in students]
 
 # %% ../nbs/50a_experiments.ipynb #b43b6cfb
 def _mlp_ratio(scale, ratios=(1,2,4,8)): return [dict(design=DiTConfig(*BASE, mlp_ratio=float(r))) for r in ratios]

@@ -140,7 +140,7 @@ def latency_note(
     return f"seconds for 50,000 images extrapolated from {each['batches']} batches of {each['batch']}, {', '.join(said)}, on {', '.join(_values(timed,'card'))}"
 
 # %% ../nbs/52_figures.ipynb #0ea67ea3
-SCALES = ('paper','gpu','cpu','smoke')           # From the best on
+SCALES = ('paper','gpu','lease','night','cpu','smoke')           # From the best on
 MEASURED = ('latency','cost','speed','export')   # Kinds of runs that measure a machine
 _BASE, _TRAINED = dict(depth=6, width=128, heads=4), dict(kind='distill', recipe='get', mlp_ratio=4.0, steps=1)
 _BEYOND = dict(kind='distill', recipe='get', width=128)

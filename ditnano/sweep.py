@@ -102,11 +102,10 @@ def _block(config, folder, block):
 # %% ../nbs/51_sweep.ipynb #42e9ffe8
 def _numbers(images, labels, config, device):
     "What every judge says of one block, against every reference."
-    from ditnano.images import load_images
-    from ditnano.metrics import evaluate
+    from ditnano.metrics import evaluate, reference_set
     e, out = config['eval'], {}
     for split in e.get('references', ['train']):
-        found = evaluate(images, labels, load_images(config['data']['name'], split), e['judges'], loss=config['loss']['name'], device=device)
+        found = evaluate(images, labels, reference_set(config['data']['name'], split), e['judges'], loss=config['loss']['name'], device=device)
         out |= {f'{k} (test)' if split=='test' and k.startswith(('FD-','FID')) else k:v for k,v in found.items()}
     return out
 
@@ -120,11 +119,10 @@ def _summary(blocks):
 # %% ../nbs/51_sweep.ipynb #7e1e00b1
 def _evaluation(config, device):
     "The card that stands beside the numbers."
-    from ditnano.images import load_images
-    from ditnano.metrics import card
+    from ditnano.metrics import card, reference_set
     e, blocks = config['eval'], config['eval'].get('blocks', 1)
     seeds = [e['seed'], e['seed']+blocks*e['samples']-1]
-    cards = [card(e['samples'], load_images(config['data']['name'], split), e['judges'], config['loss']['name'], seeds, e['guidance'], device=device) for split in e.get('references', ['train'])]
+    cards = [card(e['samples'], reference_set(config['data']['name'], split), e['judges'], config['loss']['name'], seeds, e['guidance'], device=device) for split in e.get('references', ['train'])]
     more = {'references':[c['reference'] for c in cards]} if len(cards)>1 else {}
     return cards[0] | more | ({'blocks':blocks} if blocks>1 else {})
 
@@ -417,7 +415,7 @@ def run_cost(
     train, cfg, e, recipe = TrainConfig.from_dict(config['train']), as_student(config['student']), config['eval'], config['recipe']
     forward, beside = count_flops(cfg), _looks(config)*loss_flops(config['loss']['name'])
     if recipe=='dmd': beside += 3*forward + 5*teacher_flops((config['options']['teacher'] or config['teacher'])['name'])  # twice the images; three looks and a backward
-    if recipe=='ta': beside += count_flops(as_student(config['options']['assistant']))
+    if recipe=='ta': beside += count_flops(as_student(assistant_config(config)['student']))
     work = train.images*(3*forward+beside) + e['samples']*e.get('blocks', 1)*forward*(1 if e['guidance']==1 else 2)
     return {'steps':train.steps, 'hours':work/rate/3600, 'petaflop':work/1e15, 'megabytes':4*count_params(cfg)/1e6}
 
@@ -426,11 +424,10 @@ def missing(
     scale:Scale, # How much of everything
 )->list: # One line per absent thing
     "What a scale needs and this machine lacks."
-    from ditnano.images import load_images
     from ditnano.losses import get_loss
-    from ditnano.metrics import get_extractor
+    from ditnano.metrics import get_extractor, reference_set
     from ditnano.pairs import teacher_record
-    wanted = [('images',load_images,scale.data), ('teacher',teacher_record,scale.teacher), ('loss',get_loss,scale.loss), *(('judge',get_extractor,j) for j in scale.judges)]
+    wanted = [('images',reference_set,scale.data), ('teacher',teacher_record,scale.teacher), ('loss',get_loss,scale.loss), *(('judge',get_extractor,j) for j in scale.judges)]
     found = []
     for what,load,name in wanted:
         try: load(name)

@@ -167,5 +167,5 @@ def draw(
 )->torch.Tensor: # uint8 (N, 3, R, R)
     "What a teacher draws."
     net = load_teacher(name).to(memory_format=torch.channels_last)
-    z, _ = noise_and_labels(range(count))
+    z, _ = noise_and_labels(range(count), (net.cfg.channels, net.cfg.image_size, net.cfg.image_size))
     return to_bytes(heun_sampler(net, z, F.one_hot(torch.arange(count)%10, 10).float(), steps=steps))
