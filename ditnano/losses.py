@@ -129,8 +129,9 @@ class _Seeing(Loss):
     def distance(self, prediction, target):
         if prediction.shape[1]!=3: raise ValueError(f"{self.name}: {prediction.shape[1]} channels; expected 3")
         net = self.net(prediction.device)
-        with torch.no_grad(): theirs = self.features(net, resized(target, self.resize))
-        return self.compare(net, self.features(net, resized(prediction, self.resize)), theirs)
+        prediction, target = (resized(x, self.resize).contiguous(memory_format=torch.channels_last) for x in (prediction, target))
+        with torch.no_grad(): theirs = self.features(net, target)
+        return self.compare(net, self.features(net, prediction), theirs)
 
 # %% ../nbs/30_losses.ipynb #85b01316
 def _size(resize):
@@ -146,7 +147,7 @@ class LPIPS(_Seeing):
         resize:int=224,  # Both images are brought to this side first; None leaves them
     ):
         name = f'LPIPS-{net}@{_size(resize)}'
-        super().__init__(_lpips_net(net), resize)
+        super().__init__(_lpips_net(net).to(memory_format=torch.channels_last), resize)
         self.name = name
 
     def features(self, net, x): return [unit(f) for f in net.net(net.scaling_layer(x))]
