@@ -260,6 +260,7 @@ def reference_folder(
     "Where the shipped statistics of an image set are, or would be."
     return weights_dir()/f'reference-{name}'
 
+# %% ../nbs/41_metrics.ipynb #f5764297
 def save_reference(
     folder,   # Folder to make
     splits,   # Image sets of one name, one per split
@@ -288,6 +289,7 @@ def _full(mean, upper):
     cov[np.triu_indices(d)] = upper.double().numpy()
     return mean.double().numpy(), cov+np.triu(cov,1).T
 
+# %% ../nbs/41_metrics.ipynb #d84021f0
 def load_reference(
     name:str,          # An image set, e.g. 'cifar10-jpeg@16'
     split:str='train', # 'train' or 'test'
