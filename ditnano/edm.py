@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .checkpoint import read_checkpoint
+from .interop.checkpoint import read_checkpoint
 from .config import UNetConfig
 from .repro import atomic, cache_dir, data_dir, file_hash, weights_dir, write_json
 from .unet import SongUNet

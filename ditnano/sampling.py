@@ -18,9 +18,9 @@ from torch import nn
 from .config import GETConfig
 from .dit import DiT, guided
 from .edm import to_bytes
-from .engines import ENGINES, SERVES, Captured, available, cuda_graph, engine
+from .deploy.engines import ENGINES, SERVES, Captured, available, cuda_graph, engine
 from .flow import flow_noise, flow_point, step_times, told_time
-from .folding import TIME, FoldedDiT, OneStep, fold
+from .deploy.folding import TIME, FoldedDiT, OneStep, fold
 from .repro import atomic, derive_seed, noise_and_labels, pick_device, sample_generator, write_json
 
 # %% ../nbs/40_sampling.ipynb #c949113e

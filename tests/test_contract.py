@@ -112,7 +112,7 @@ def test_propose():
     with pytest.raises(ValueError, match='max_params'): propose(10)
 
 
-@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'runs', 'figures', 'mill'])
+@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'lab.runs', 'lab.figures', 'lab.notebooks'])
 def test_light_rooms_import_without_torch(room):
     done = run('-c', f"import sys, ditnano.{room}; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr or 'torch came along'
@@ -453,7 +453,7 @@ def test_two_and_two_steps_are_four(tmp_path):
 def test_every_recipe_teaches_a_plain_student(recipe, teacher, tmp_path):
     "Every weight learns, whoever stands beside stays as it was, and what is saved is a DiT."
     from ditnano.config import DiTConfig, TrainConfig
-    from ditnano.distill import make_recipe
+    from ditnano.distill.recipes import make_recipe
     from ditnano.dit import DiT, randomise
     from ditnano.pairs import PairDataset, make_pairs
     from ditnano.train import fit
@@ -474,7 +474,7 @@ def test_every_recipe_teaches_a_plain_student(recipe, teacher, tmp_path):
 
 
 def test_run_folder(tmp_path):
-    from ditnano.runs import collect, run_once
+    from ditnano.lab.runs import collect, run_once
     calls = []
     def compute(folder):
         assert json.loads((folder/'config.json').read_text())['rows'] == 3   # the config is there before the work

@@ -22,7 +22,7 @@ sys.exit(0 if ok else 1)
 
 def order(path):
     "Experiments first, since they take longest; drawing notebooks last, after the runs that they draw."
-    folders = ['experiments', 'tutorials', '.', 'paper']
+    folders = ['experiments', 'tutorials', '.', 'distill', 'interop', 'deploy', 'lab', 'paper']
     folder = path.relative_to(NBS).parent.as_posix()
     return folders.index(folder) if folder in folders else len(folders), path.name
 

@@ -10,7 +10,7 @@ PROGRAM = textwrap.dedent('''
     import json, os, sys, time
     import torch
     from ditnano.config import DiTConfig, GETConfig, TrainConfig
-    from ditnano.distill import make_recipe
+    from ditnano.distill.recipes import make_recipe
     from ditnano.dit import DiT, randomise
     from ditnano.pairs import PairDataset, ensure_pairs
     from ditnano.train import fit
@@ -68,10 +68,10 @@ RUN = textwrap.dedent('''
     import sys
     import torch
     from pathlib import Path
-    from ditnano import sweep
+    from ditnano.lab import sweep
     from ditnano.config import Scale
-    from ditnano.experiments import distill_config
-    from ditnano.runs import Run
+    from ditnano.lab.experiments import distill_config
+    from ditnano.lab.runs import Run
     torch.set_num_threads(1)
     tiny = Scale(name='tiny', pairs=32, images=16*40, batch=16, lr=1e-2, samples=24, blocks=2, references=('train','test'), loss='L2', precision='fp32')
     config, root, only = distill_config(tiny, (2,32,4)), sys.argv[1], sys.argv[2]=='train'
@@ -113,10 +113,10 @@ def test_two_processes_are_one_run(tmp_path):
 
 def test_local_processes_stop_in_time(tmp_path):
     "Two long runs at once, and one that has to wait: nothing runs on after the limit, and the long ones have checkpoints."
-    from ditnano import sweep
+    from ditnano.lab import sweep
     from ditnano.config import Scale
-    from ditnano.experiments import distill_config
-    from ditnano.runs import Run
+    from ditnano.lab.experiments import distill_config
+    from ditnano.lab.runs import Run
     scale = Scale(name='tiny', pairs=32, images=16*100_000, batch=16, samples=24, loss='L2')
     configs, lines, begin = [distill_config(scale, (1, 32, h)) for h in (1, 2, 4)], [], time.monotonic()
     assert sweep.sweep(configs, tmp_path, 'tiny', 'local', workers=2, minutes=0.3, device='cpu', log=lines.append) == []
@@ -128,10 +128,10 @@ def test_local_processes_stop_in_time(tmp_path):
 
 def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     "A run held by a machine that is gone: the sweep says so, and ends."
-    from ditnano import sweep
+    from ditnano.lab import sweep
     from ditnano.config import Scale
-    from ditnano.experiments import distill_config
-    from ditnano.runs import Run
+    from ditnano.lab.experiments import distill_config
+    from ditnano.lab.runs import Run
     config, lines = distill_config(Scale(name='tiny', pairs=32, images=64, batch=16, samples=24, loss='L2'), (1, 32, 4)), []
     folder = Run(tmp_path, 'distill', config).folder
     folder.mkdir(parents=True)
