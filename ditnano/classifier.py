@@ -78,7 +78,7 @@ def load_classifier(
     folder = weights_dir()/name if (weights_dir()/str(name)).is_dir() else Path(name)
     if not (folder/'config.json').is_file():
         here = sorted(p.parent.name for p in weights_dir().glob('*/config.json') if '"Classifier"' in p.read_text())
-        raise FileNotFoundError(f"classifier {str(name)!r} is not here; expected a folder with config.json, or one of: {', '.join(here) or 'none shipped'}")
+        raise FileNotFoundError(f"classifier {str(name)!r} is not available; expected a folder with config.json, or one of: {', '.join(here) or 'none shipped'}")
     config = json.loads((folder/'config.json').read_text())
     net = _Frozen(config['width'], config['classes'])
     try: net.load_state_dict({k:v.float() if v.is_floating_point() else v for k,v in load_file(folder/'model.safetensors').items()})

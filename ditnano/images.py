@@ -201,7 +201,7 @@ def load_images(
     folder=None,         # Where CIFAR-10 lies; default `DITNANO_DATA`
     size:int=None,       # Side in pixels, a divisor of the set's own; default that of the name
 )->ImageSet:
-    "Load an image set, decoding it once; raises FileNotFoundError or ValueError that says what was expected."
+    "Load an image set, decoding it once; raises FileNotFoundError or ValueError naming what was expected."
     if split not in ('train','test'): raise ValueError(f"split {split!r}; expected 'train' or 'test'")
     base, _, at = str(name).partition('@')
     if at and not at.isdigit(): raise ValueError(f"image set {name!r}; expected a size in pixels after '@', as in 'cifar10@16'")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 LIMIT = 480  # seconds for one notebook; library chapters are meant to take 20, experiments 60
 
-# Runs one notebook in nbdev's shell: cells flagged slow or cuda are left out, a failing cell is printed with its traceback.
+# Runs one notebook in nbdev's shell: cells flagged slow or cuda are skipped, a failing cell is printed with its traceback.
 CHILD = """
 import sys
 from pathlib import Path

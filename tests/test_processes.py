@@ -11,13 +11,13 @@ PROGRAM = textwrap.dedent('''
     import torch
     from ditnano.config import DiTConfig, GETConfig, TrainConfig
     from ditnano.distill.recipes import make_recipe
-    from ditnano.dit import DiT, randomise
+    from ditnano.dit import DiT, randomize_weights
     from ditnano.pairs import PairDataset, ensure_pairs
     from ditnano.train import fit
     torch.set_num_threads(1)
     name, folder, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
     pairs = PairDataset(ensure_pairs('digits32', 480), limit=8)
-    beside = {'dmd':'digits32', 'ta':randomise(DiT(DiTConfig(2, 32)), seed=1)}.get(name)
+    beside = {'dmd':'digits32', 'ta':randomize_weights(DiT(DiTConfig(2, 32)), seed=1)}.get(name)
     options = {'ta':{'weights':(1,1,1)}, 'mi1':{'layers':(1,2)}}.get(name, {})
     student = GETConfig(1, 32, 4, 1, 2.) if name=='get-model' else DiTConfig(2, 32)
     task = make_recipe(name, student, pairs, 'L2', 0, beside, **options)
@@ -75,7 +75,7 @@ RUN = textwrap.dedent('''
     torch.set_num_threads(1)
     tiny = Scale(name='tiny', pairs=32, images=16*40, batch=16, lr=1e-2, samples=24, blocks=2, references=('train','test'), loss='L2', precision='fp32')
     config, root, only = distill_config(tiny, (2,32,4)), sys.argv[1], sys.argv[2]=='train'
-    sweep.PART = 10                                            # three parts a block, so that both processes have some
+    sweep.SHARD_SIZE = 10                                            # three parts a block, so that both processes have some
     run = Run(root, 'distill', config)
     if only: sweep._student(config, run.folder, root, 'tiny', 'cpu', None, float('inf'))
     else:
@@ -123,7 +123,7 @@ def test_local_processes_stop_in_time(tmp_path):
     assert 15 <= time.monotonic()-begin < 60
     there = [(Run(tmp_path, 'distill', c).folder/'state.safetensors').is_file() for c in configs]
     assert there == [True, True, False]
-    assert [line.split(' L2 ')[-1] for line in lines] == ['stopped at 0%, goes on next time']*2+['time is up: 3 runs left for next time']
+    assert [line.split(' L2 ')[-1] for line in lines] == ['stopped at 0%, resumes at the next call']*2+['time is up: 3 runs left for the next call']
 
 
 def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
@@ -140,4 +140,4 @@ def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     assert sweep.sweep([config], tmp_path, 'tiny', 'local', minutes=0.5, device='cpu', log=lines.append) == []
     assert time.monotonic()-begin < 50
     assert lines[0].startswith('1 of 1: DiT (1, 32, 4) L2 another process has it') and 'process 1 on a-machine-that-is-gone' in lines[0]
-    assert lines[1:] == ['time is up: 1 run left for next time']
+    assert lines[1:] == ['time is up: 1 run left for the next call']

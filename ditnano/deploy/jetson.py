@@ -77,7 +77,7 @@ def parse_nvpmodel(
 
 def parse_nvpmodel_conf(
     text:str, # The contents of nvpmodel.conf
-)->dict: # `default` id, and `modes`: id -> `name` and `caps` such as {'GPU MAX_FREQ':612000000}, uncapped ones (-1) left out
+)->dict: # `default` id, and `modes`: id -> `name` and `caps` such as {'GPU MAX_FREQ':612000000}, uncapped ones (-1) skipped
     "Names and caps of all power modes."
     modes, now = {}, None
     for line in (text or '').splitlines():
@@ -103,8 +103,8 @@ def _mode(tree, run):
     number, name = (int(m[1]) if m else None), None
     if number in modes: name = modes[number]['name']
     elif run:
-        asked = parse_nvpmodel(run(['nvpmodel','-q']) or '')
-        name, number = asked['mode'], number if asked['id'] is None else asked['id']
+        reported = parse_nvpmodel(run(['nvpmodel','-q']) or '')
+        name, number = reported['mode'], number if reported['id'] is None else reported['id']
     if number is None: number = next((k for k,v in modes.items() if v['name']==name), None)
     cap = modes.get(number, {'caps':{}})['caps'].get('GPU MAX_FREQ')
     return dict(mode=name, mode_id=number, modes=tuple(v['name'] for _,v in sorted(modes.items())), gpu_cap_mhz=cap/1e6 if cap else None)
@@ -229,7 +229,7 @@ class State:
     trips:dict=field(default_factory=dict)        # Trip points of tj
     rails:dict=field(default_factory=dict)        # Rail -> mW; VDD_IN holds the others
     power_why:str=None       # Why VDD_IN is not known; empty if it is
-    power_filter:dict=field(default_factory=dict) # The power chip's averaging, as its driver says
+    power_filter:dict=field(default_factory=dict) # The power chip's averaging, as its driver reports
     throttle:dict=field(default_factory=dict)     # Over-current events since boot: oc1, oc2, oc3
     cooling:dict=field(default_factory=dict)      # Throttling device -> state; above 0 it is at work
     memory_mb:float=None     # Memory, shared by CPU and GPU
@@ -260,7 +260,7 @@ def read_state(
     root='/',  # Where /proc, /sys and /etc are; another folder in tests
     run=None,  # Called with ['nvpmodel','-q'] if files do not tell the mode, returns text; by default a subprocess when root is '/'
 )->State: # Empty but for a warning on a machine that is no Jetson
-    "What a Jetson says about itself, without failing and without changing anything."
+    "The state of a Jetson, without failing and without changing anything."
     tree = _Tree(root)
     s = _identity(tree)
     if not s: return State(warnings=('not a Jetson: no tegra in the device tree',))
@@ -627,7 +627,7 @@ def timed(
     sync=None,          # Called after `fn`, inside the timing, where `fn` returns early
     clock=time.perf_counter, # Seconds
 )->Report: # With its card
-    "Time batches for a while, watching the board. Goes on without telemetry, and says so."
+    "Time batches for a while, watching the board. Continues without telemetry, and reports it."
     if images<1: raise ValueError(f"images={images}; expected 1 or more")
     def once():
         start = clock()

@@ -258,10 +258,10 @@ def source(
     "The C of one design."
     d,p = cfg.width,cfg.patch
     sizes = [d//h for h in cfg.heads_per_layer]
-    told = {'BF16':int(precision=='bf16'), 'AMX':int(amx), 'T':(cfg.image_size//p)**2, 'D':d, 'HID':int(d*cfg.mlp_ratio), 'DEPTH':cfg.depth, 'C':cfg.channels, 'P':p, 'R':cfg.image_size,
+    constants = {'BF16':int(precision=='bf16'), 'AMX':int(amx), 'T':(cfg.image_size//p)**2, 'D':d, 'HID':int(d*cfg.mlp_ratio), 'DEPTH':cfg.depth, 'C':cfg.channels, 'P':p, 'R':cfg.image_size,
             'TP':'UP(T,16)', 'DP':'UP(D,32)', 'QP':'UP(3*D,32)', 'HP':'UP(HID,32)', 'IN':'UP(C*P*P,2)', 'LP':'UP(P*P*C,32)',
             'CASES':' '.join(f"case {s}: attend{'_tiles'*(amx and s<=16 and s%2==0)}(qkv, a, s, {s}); break;" for s in sorted(set(sizes)))}
-    defines = ''.join(f'#define {k} {v}\n' for k,v in told.items())
+    defines = ''.join(f'#define {k} {v}\n' for k,v in constants.items())
     room = 'const long scratch = 4*TP*(DP+LP+16)+sizeof(num)*TP*(2*DP+UP(HP,IN)+QP);\n'
     heads = f"static const int HEAD[] = {{{','.join(map(str, sizes))}}};\n"
     return defines + NUMBERS + VECTORS + SHARE + TILE + TILES + LINEAR + ATTEND + PAIRS + TILED + heads + NETWORK + room
@@ -277,19 +277,19 @@ def compiler(
 
 def _processor():
     "Which processor this is, as far as compiled code cares."
-    try: told = [l for l in open('/proc/cpuinfo') if l.startswith(('flags','Features','model name'))][:2]
-    except OSError: told = [platform.processor()]
-    return [platform.machine(), *told]
+    try: cpu_lines = [l for l in open('/proc/cpuinfo') if l.startswith(('flags','Features','model name'))][:2]
+    except OSError: cpu_lines = [platform.processor()]
+    return [platform.machine(), *cpu_lines]
 
 @lru_cache
-def _knows(cc, what): return what in subprocess.run([cc,'-march=native','-dM','-E','-x','c',os.devnull], capture_output=True, text=True).stdout
+def _compiler_defines(cc, what): return what in subprocess.run([cc,'-march=native','-dM','-E','-x','c',os.devnull], capture_output=True, text=True).stdout
 
-def _has_bf16(cc): return _knows(cc, '__AVX512BF16__')
+def _has_bf16(cc): return _compiler_defines(cc, '__AVX512BF16__')
 
 @lru_cache
 def _has_amx(cc):
     "Whether the processor has matrix tiles and the system lets this process use them (arch_prctl, Linux 5.16)."
-    return sys.platform=='linux' and _has_bf16(cc) and _knows(cc, '__AMX_BF16__') and ctypes.CDLL(None).syscall(158, 0x1023, 18)==0
+    return sys.platform=='linux' and _has_bf16(cc) and _compiler_defines(cc, '__AMX_BF16__') and ctypes.CDLL(None).syscall(158, 0x1023, 18)==0
 
 # %% ../../nbs/deploy/02_native.ipynb #247fafc0
 def library(
@@ -310,21 +310,21 @@ def library(
     return ctypes.CDLL(str(path))
 
 # %% ../../nbs/deploy/02_native.ipynb #ea2000ca
-def _up(n, k): return -(-n//k)*k
+def _round_up(n, k): return -(-n//k)*k
 
-def _wide(a, k=32): # the last axis padded with zeros to a multiple of k
+def _pad_last_axis(a, k=32): # the last axis padded with zeros to a multiple of k
     return F.pad(a.detach().float(), (0, -a.shape[-1]%k)).contiguous()
 
-def _packed(w, bf16, amx=False): # (N, K): by 32 columns, then by step
-    w = _wide(_wide(w, 32 if amx and w.shape[-1]>=32 else 2 if bf16 else 1).T) # (K', N')
+def _pack_weights(w, bf16, amx=False): # (N, K): by 32 columns, then by step
+    w = _pad_last_axis(_pad_last_axis(w, 32 if amx and w.shape[-1]>=32 else 2 if bf16 else 1).T) # (K', N')
     k,n = w.shape
     if bf16: return w.bfloat16().reshape(k//2, 2, n//32, 32).permute(2,0,3,1).contiguous()
     return w.reshape(k, n//32, 32).permute(1,0,2).contiguous()
 
-def _table(e, parts, plus): # (K+1, parts, D'), scales with their 1
+def _pack_table(e, parts, plus): # (K+1, parts, D'), scales with their 1
     t = e.weight.detach().unflatten(1, (parts,-1)).clone()
     t[:,plus] += 1
-    return _wide(t)
+    return _pad_last_axis(t)
 
 # %% ../../nbs/deploy/02_native.ipynb #7b122cbf
 def _weights(one, bf16, amx=False):
@@ -332,15 +332,15 @@ def _weights(one, bf16, amx=False):
     s,cfg = one.student,one.cfg
     kept = [v.detach().reshape(cfg.patch**2, -1, *v.shape[1:])[:,:cfg.channels].flatten(0,1) for v in (s.final_layer.linear.weight, s.final_layer.linear.bias)]
     tokens = s.token_bias.detach()[0]                                  # (T, D)
-    patch = _wide(s.patch_weight, 2)
-    pack = partial(_packed, bf16=bf16, amx=amx)
-    out = [pack(patch), _wide(torch.zeros(cfg.width)), _wide(F.pad(tokens, (0,0,0,-len(tokens)%16))), pack(kept[0]), _wide(kept[1]), _table(s.final_layer.adaLN_modulation, 2, [1])]
+    patch = _pad_last_axis(s.patch_weight, 2)
+    pack = partial(_pack_weights, bf16=bf16, amx=amx)
+    out = [pack(patch), _pad_last_axis(torch.zeros(cfg.width)), _pad_last_axis(F.pad(tokens, (0,0,0,-len(tokens)%16))), pack(kept[0]), _pad_last_axis(kept[1]), _pack_table(s.final_layer.adaLN_modulation, 2, [1])]
     for b in s.blocks:
         scale = torch.ones(3*cfg.width)
         scale[:cfg.width] = (cfg.width//b.attn.heads)**-.5
-        out += [pack(b.attn.qkv.weight*scale[:,None]), _wide(b.attn.qkv.bias*scale)]
-        for m in (b.attn.proj, b.mlp.fc1, b.mlp.fc2): out += [pack(m.weight), _wide(m.bias)]
-        out.append(_table(b.adaLN_modulation, 6, [1,4]))
+        out += [pack(b.attn.qkv.weight*scale[:,None]), _pad_last_axis(b.attn.qkv.bias*scale)]
+        for m in (b.attn.proj, b.mlp.fc1, b.mlp.fc2): out += [pack(m.weight), _pad_last_axis(m.bias)]
+        out.append(_pack_table(b.adaLN_modulation, 6, [1,4]))
     return out
 
 # %% ../../nbs/deploy/02_native.ipynb #59859644
@@ -360,7 +360,7 @@ class Native:
         self.net = (ctypes.c_void_p*len(self.kept))(*(a.data_ptr() for a in self.kept))
         self.room,self.image = ctypes.c_long.in_dll(self.code, 'scratch').value,4*cfg.channels*cfg.image_size**2
 
-    def draw(self, noise, label, image): # addresses, and a number
+    def run_at(self, noise, label, image): # addresses, and a number
         if not hasattr(self.mine, 'room'): self.mine.room = torch.zeros(self.room//4+16)
         pointers = [ctypes.c_void_p(a) for a in (noise, image, self.mine.room.data_ptr())]
         self.code.step(self.net, pointers[0], ctypes.c_int(label), *pointers[1:])
@@ -368,7 +368,7 @@ class Native:
     def rows(self, x, y):                                              # (N, C, R, R) float32, (M,) -> (M, C, R, R), M a multiple of N
         out = x.new_empty(len(y), *x.shape[1:])
         a,b,n = x.data_ptr(),out.data_ptr(),len(x)
-        list(self.pool.map(lambda i_y: self.draw(a+i_y[0]%n*self.image, i_y[1], b+i_y[0]*self.image), enumerate(y.tolist())))
+        list(self.pool.map(lambda i_y: self.run_at(a+i_y[0]%n*self.image, i_y[1], b+i_y[0]*self.image), enumerate(y.tolist())))
         return out
 
     def __call__(self, x, y):
