@@ -145,11 +145,11 @@ def best_scale(
 # %% ../../nbs/lab/07_evidence.ipynb #42a76d8c
 def evidence_folders(
     out,          # Folder of figures
-    scale='best', # Name of a scale; only 'best' looks further than beside the figures
+    scale='best', # Name of a scale; smoke, which proves a path, draws nothing but its own runs
 )->list: # Folders of published records, those beside the figures first
     "Where published records are looked for; `DITNANO_EVIDENCE` names a folder in place of the repository's."
     places = [Path(out)/'evidence']
-    if scale!='best': return places
+    if scale=='smoke': return places
     if env := os.environ.get('DITNANO_EVIDENCE'): places.append(Path(env).expanduser())
     else:
         with contextlib.suppress(FileNotFoundError): places.append(figures_dir()/'evidence')
