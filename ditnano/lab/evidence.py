@@ -202,6 +202,7 @@ def _best_machine(fits):
     count = fits.groupby('card').agg(n=('live','size'), live=('live','any'))
     return fits[fits.card==count.sort_values(['n','live'], kind='stable').index[-1]]
 
+# %% ../../nbs/lab/07_evidence.ipynb #a28c1e90
 def with_latency(
     ours:pd.DataFrame,    # Rows of students
     found:pd.DataFrame,   # All rows of `load_runs`
