@@ -283,7 +283,7 @@ def released(path, net, kwargs):
 
 
 def test_a_released_teacher_is_read_and_nothing_in_it_runs(tmp_path, monkeypatch):
-    from ditnano.edm import read_checkpoint
+    from ditnano.interop.checkpoint import read_checkpoint
     from ditnano.config import UNetConfig
     from ditnano.dit import randomize_weights
     from ditnano.edm import EDMPrecond
