@@ -376,7 +376,8 @@ def test_pairs(teacher, tmp_path):
 
 
 def test_pairs_as_get_publishes_them(tmp_path):
-    from ditnano.pairs import PairDataset, import_get_pairs
+    from ditnano.interop.get_pairs import import_get_pairs
+    from ditnano.pairs import PairDataset
     g = torch.Generator().manual_seed(0)
     z, x, y = torch.randn(40, 3, 32, 32, generator=g), torch.rand(40, 3, 32, 32, generator=g)*2.2-1.1, torch.randint(10, (40,), generator=g)
     for folder in ('latent', 'image'): (tmp_path/'get'/folder).mkdir(parents=True)
