@@ -297,6 +297,7 @@ def _check_finite(weights, where):
     for k,v in weights.items():
         if not v.isfinite().all(): raise ValueError(f"{where}: {k} is not finite; expected numbers that {str(v.dtype)[6:]} can hold")
 
+# %% ../nbs/21_edm.ipynb #f4a4b58d
 def save_teacher(
     net:Precond,    # A denoiser of ours
     folder,         # Where to write `config.json` and `model.safetensors`
@@ -340,6 +341,7 @@ def _read_weights(path, wanted):
     except SafetensorError as e: raise ValueError(f"{where}: damaged or cut short ({e}); expected a whole file") from None
     return check_weights(w, wanted, where)
 
+# %% ../nbs/21_edm.ipynb #e23a28f1
 def _read_net(path):
     "The network that `config.json` describes, with fresh weights."
     try:

@@ -137,6 +137,7 @@ def _make_shard(net, recipe, batch, device, store_noise, lo, hi):
 
 def _position_word(recipe): return 'positions' if 'source' in recipe else 'seeds'
 
+# %% ../nbs/24_pairs.ipynb #cd37d814
 def _write_shard(out, tensors, lo, hi, **facts):
     path = out/f'pairs-{lo:09d}-{hi-1:09d}.safetensors'
     try:
@@ -370,6 +371,16 @@ class _ShardReader:
 
     def __getstate__(self): return self.__dict__ | {'open':OrderedDict()}   # a map cannot travel to a worker; it opens its own
 
+# %% ../nbs/24_pairs.ipynb #6c4fa25a
+def _check_finite(data, idx, z, x):
+    "Every number of these pairs is finite, or the first pair that has another is named."
+    for what,t in (('noise',z), ('image',x)):
+        if np.isfinite(t).all(): continue
+        k = idx[np.flatnonzero(~np.isfinite(t).reshape(len(t), -1).all(1))[0]]
+        word = _position_word(data.recipe)[:-1]
+        raise ValueError(f"{data.folder}: the {what} of pair {k} ({word} {data.seeds[k]}) is not finite; "
+                         "remove its shard and make it again")
+
 # %% ../nbs/24_pairs.ipynb #2e43e45f
 class PairDataset(torch.utils.data.Dataset):
     "Pairs in the order of their seeds: `[i] -> (z, x, y)`, images unclipped."
@@ -398,14 +409,6 @@ class PairDataset(torch.utils.data.Dataset):
         z, x, y = self.batch([i+len(self) if i<0 else i])
         return z[0], x[0], int(y[0])
 
-    def _check_finite(self, idx, z, x):
-        for what,t in (('noise',z), ('image',x)):
-            bad = np.flatnonzero(~np.isfinite(t).reshape(len(t), -1).all(1)) if not np.isfinite(t).all() else ()
-            if len(bad):
-                word = _position_word(self.recipe)[:-1]
-                raise ValueError(f"{self.folder}: the {what} of pair {idx[bad[0]]} ({word} {self.seeds[idx[bad[0]]]}) is not finite; "
-                                 "remove its shard and make it again")
-
     def batch(self,
         indices, # Positions 0..len-1, in any order: list, array or tensor
     )->tuple: # Noise (N,C,R,R) float32, images (N,C,R,R) float32, labels (N,) int64
@@ -421,7 +424,7 @@ class PairDataset(torch.utils.data.Dataset):
             for name,to in (('y',y), ('x',x), ('z',z)):
                 if name in a: self._shards.take(k, name, rows, to, at)
             if 'z' not in a: z[at] = self._noise(idx[at], y[at], self._shards.paths[k])
-        self._check_finite(idx, z, x)
+        _check_finite(self, idx, z, x)
         return torch.from_numpy(z), torch.from_numpy(x), torch.from_numpy(y)
 
 # %% ../nbs/24_pairs.ipynb #0a6655d8

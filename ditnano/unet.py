@@ -288,6 +288,7 @@ class ADMConfig(UNetConfig):
     image_size:int=64
     out_channels:int=0  # Channels of the output; 0 for those of the image
 
+# %% ../nbs/20_unet.ipynb #34379ef4
 class DhariwalUNet(nn.Module):
     "The ADM network (Dhariwal and Nichol, as EDM trains it); modules bear the names of the released weights."
     def __init__(self,

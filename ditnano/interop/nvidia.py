@@ -71,6 +71,7 @@ def _released_config(class_name, network, values):
                _real('dropout', v['dropout']), _whole('augment_dim', v['augment_dim'], 0, 100),
                _whole('label_dim', v['label_dim'], 0, 10_000), _whole('img_resolution', v.get('img_resolution'), 1, 1024), channels, **extra)
 
+# %% ../../nbs/interop/01_nvidia.ipynb #c9f8dbca
 def from_init_kwargs(
     class_name:str,     # 'EDMPrecond', 'VPPrecond', 'VEPrecond' or 'iDDPMPrecond'
     init_kwargs:dict,   # The values that NVIDIA's network was constructed with
@@ -166,6 +167,7 @@ def convert_checkpoint(
     save_teacher(net, folder, json.loads(json.dumps({'source':path.name} | info), parse_constant=str), half=False)
     return folder
 
+# %% ../../nbs/interop/01_nvidia.ipynb #6ad3751a
 def _find_released():
     "The folder of NVIDIA's CIFAR-10 teacher: given, or made of its file."
     if (data_dir()/'edm-cifar10-vp').is_dir(): return data_dir()/'edm-cifar10-vp'
