@@ -1,13 +1,16 @@
 """EDM's networks and sampler against a second implementation, for every kind of released teacher."""
-import math
+import math, sys
+from pathlib import Path
 
-import plain_unet
 import pytest
 import torch
 
 from ditnano.config import UNetConfig
 from ditnano.edm import EDMPrecond, build_denoiser, heun_sampler, load_teacher, rho_schedule, save_teacher
 from ditnano.unet import ADMConfig, NCSNConfig, SongUNet
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import plain_unet  # noqa: E402
 
 SMALL = dict(model_channels=8, channel_mult=(1,2), num_blocks=1, attn_resolutions=(8,), image_size=16)
 ADM = dict(model_channels=64, channel_mult=(1,2), num_blocks=1, attn_resolutions=(16,8), image_size=16, label_dim=10)

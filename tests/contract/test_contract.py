@@ -2,7 +2,13 @@
 
 Nothing below looks inside the rooms. Where a table of values stands, it was worked out by hand or taken from the paper.
 """
-import importlib, json, math, os, pickle, subprocess, sys, types
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
 from unittest import mock
 
 import numpy as np
@@ -112,7 +118,7 @@ def test_propose():
     with pytest.raises(ValueError, match='max_params'): propose(10)
 
 
-@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'lab.runs', 'lab.figures', 'lab.notebooks'])
+@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'lab.runs', 'lab.evidence', 'lab.figures', 'lab.notebooks'])
 def test_light_rooms_import_without_torch(room):
     done = run('-c', f"import sys, ditnano.{room}; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr or 'torch came along'
@@ -283,10 +289,10 @@ def released(path, net, kwargs):
 
 
 def test_a_released_teacher_is_read_and_nothing_in_it_runs(tmp_path, monkeypatch):
-    from ditnano.interop.checkpoint import read_checkpoint
     from ditnano.config import UNetConfig
     from ditnano.dit import randomize_weights
     from ditnano.edm import EDMPrecond
+    from ditnano.interop.checkpoint import read_checkpoint
     from ditnano.unet import SongUNet
     monkeypatch.chdir(tmp_path)
     net = randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1))), seed=2)
@@ -538,6 +544,7 @@ def test_fold(small):
 def test_frechet_distance():
     "Against the formula with a matrix square root, on an extractor of our own."
     from scipy.linalg import sqrtm
+
     from ditnano.metrics import frechet
     def extractor(images):
         pooled = torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1).numpy()/255
