@@ -69,6 +69,7 @@ def _to_rgb(name, im):
         im = Image.alpha_composite(white, im)
     return im.convert('RGB')
 
+# %% ../nbs/23_images.ipynb #edf11e2b
 def _resize_crop(im, size):
     "The shorter side becomes `size`, with antialiasing; then the middle (torchvision's Resize and CenterCrop)."
     w, h = im.size
@@ -247,6 +248,7 @@ def read_cache(
     _verified.add(stamp)
     return ImageSet(images, labels, meta['name'], split, classes, meta['hash'], notes)
 
+# %% ../nbs/23_images.ipynb #0617b34a
 def _cached(file, make, split, classes):
     if not file.is_file():
         images, labels, name = make()
@@ -293,6 +295,7 @@ def _load_named(name, at, split, size, folder, channels):
     if size and size!=data.images.shape[-1]: data = resize_images(data, size)
     return to_grey(data) if channels==1 else data
 
+# %% ../nbs/23_images.ipynb #bed34679
 def load_images(
     source,              # 'digits32', 'cifar10', one of them with a size as in 'cifar10@16', or a path (`interop.pictures`)
     split:str='train',   # 'train' or 'test'

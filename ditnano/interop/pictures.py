@@ -59,6 +59,7 @@ def _arrange(where, names):
     if len(mixed)==2: raise ValueError(f"{where}: {next(n for n,c,_ in rows if c is None)} lies beside class folders; expected all in folders or none")
     return [(n, unicodedata.normalize('NFC', c or where), part) for n,c,part in rows]
 
+# %% ../../nbs/interop/04_pictures.ipynb #c53f8b5f
 def _labelled(where, names, text):
     "Rows of EDM's `dataset.json`: every picture has a label there, and every label its picture."
     try: labels = json.loads(text)['labels']
@@ -307,6 +308,7 @@ def _split_rows(source, split):
     if not rows: raise ValueError(f"{source.name}: no pictures for {split!r}; expected more pictures, or folders train/ and test/")
     return rows, classes
 
+# %% ../../nbs/interop/04_pictures.ipynb #d4f43b1e
 def _choose_size(source, size):
     if size is None:
         im = Image.open(io.BytesIO(source.read(source.rows[0][0])))
@@ -340,6 +342,7 @@ def _report(data, other, log):
     for n in other: log(f"skipped {n}: not a picture")
     for why in skipped.values(): log(f"skipped {why}")
 
+# %% ../../nbs/interop/04_pictures.ipynb #e22c21b2
 def load_pictures(
     source,             # A folder, zip, .npz, parquet, `save_to_disk` folder, or 'hf:OWNER/NAME'
     split:str='train',  # 'train' or 'test'
