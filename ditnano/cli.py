@@ -74,7 +74,8 @@ def pairs(
 
     Example: ditnano pairs --teacher digits32 --seeds 0-999 --out pairs/
     """
-    from ditnano.pairs import PairDataset, import_get_pairs, make_pairs
+    from ditnano.interop.get_pairs import import_get_pairs
+    from ditnano.pairs import PairDataset, make_pairs
     if import_get: return print(PairDataset(import_get_pairs(import_get, out, image_dtype=image_dtype, log=print)))
     print(PairDataset(make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device, log=print, precision=precision)))
 
