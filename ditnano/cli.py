@@ -156,7 +156,7 @@ def _parse_json(text):
 # %% ../nbs/50_cli.ipynb #b5230ad8
 def sample(
     weights:str='nano-digits',    # Shipped student or folder
-    labels:Optional[str]=None,    # Classes, dealt out in turn, as in 3,5; default all in turn
+    labels:Optional[str]=None,    # Classes in turn by seed, as in 3,5; default all
     seeds:str=f'{EVAL_SEED}-{EVAL_SEED+39}', # First and last seed, an image each; these are noise that no pair has
     guidance:float=1.5,           # Classifier-free guidance; 1 is off
     out:Path=Path('samples.png'), # Sheet to write; or .npy, .safetensors or a folder that is there, for any number of images
@@ -170,10 +170,11 @@ def sample(
     Example: ditnano sample --weights nano-digits --labels 3,5 --guidance 1.5 --out grid.png
     """
     from ditnano.get import load_model
-    from ditnano.sampling import sample, sample_to, save_grid
+    from ditnano.sampling import balanced_labels, sample, sample_to, save_grid
     model, many = load_model(weights), _parse_seeds(seeds)
     classes = _parse_ints(labels,'labels') if labels else range(model.cfg.classes)
-    what, how = [classes[k%len(classes)] for k in range(len(many))], dict(guidance=guidance, backend=backend, precision=precision, device=None if device=='auto' and backend not in ('eager','compiled') else device)
+    what = balanced_labels(many, classes) if classes else None
+    how = dict(guidance=guidance, backend=backend, precision=precision, device=None if device=='auto' and backend not in ('eager','compiled') else device)
     if out.is_dir() or out.suffix in ('.npy','.safetensors'): return print(f'{out}: {sample_to(out, model, many, what, **how)} images written')
     save_grid(sample(model, many, what, **how), out, columns=min(10,len(many)), scale=zoom)
     print(out)
@@ -201,11 +202,10 @@ def eval(
     from ditnano.get import load_model
     from ditnano.images import load_images
     from ditnano.metrics import card, evaluate, metric_label
-    from ditnano.repro import noise_and_labels
-    from ditnano.sampling import sample
+    from ditnano.sampling import sample, sample_labels
     model, reference, names = load_model(weights), load_images(data), extractors.split(',')
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
-    numbers = evaluate(sample(model, seeds, guidance=guidance, device=device), noise_and_labels(seeds)[1], reference, names, loss=loss, device=device)
+    numbers = evaluate(sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg), reference, names, loss=loss, device=device)
     for k,v in numbers.items():
         if k!='samples': print(f'{metric_label(k,samples)}: {v:.4g}')
     if out: write_json(out, {'numbers':numbers, 'card':card(samples, reference, names, loss, [seeds[0],seeds[-1]], guidance, device=device)})

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR_CLASSES', 'MAX_MEMBER', 'MAX_MEMBERS', 'ImageSet', 'to_unit', 'find_cifar10', 'download_cifar10',
-           'resize_images', 'load_images', 'contact_sheet']
+           'resize_images', 'load_images', 'grid']
 
 # %% ../nbs/23_images.ipynb #005bdab3
-import io, os, pickle, re, tarfile
+import io, math, os, pickle, re, tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -209,17 +209,22 @@ def load_images(
     return resize_images(data, size) if size and size!=data.images.shape[-1] else data
 
 # %% ../nbs/23_images.ipynb #2107b264
-def contact_sheet(
-    images:torch.Tensor, # uint8 (N, 3, R, R)
-    columns:int=10,      # Pictures in a row
-    zoom:int=1,          # Pixels on screen per pixel
+def grid(
+    images:torch.Tensor, # (N, C, R, R) uint8, 1 or 3 channels
+    columns:int=None,    # Pictures side by side; None makes the sheet about square
+    scale:int=1,         # Each pixel becomes scale x scale
+    gap:int=2,           # White pixels between pictures, before scaling
 )->Image.Image:
-    "Pictures side by side, one pixel apart."
-    n, _, r, _ = images.shape
-    rows = -(-n//columns)
-    sheet = torch.full((3, rows*(r+1)-1, columns*(r+1)-1), 255, dtype=torch.uint8)
-    for k,im in enumerate(images.cpu()):
-        i, j = divmod(k, columns)
-        sheet[:, i*(r+1):i*(r+1)+r, j*(r+1):j*(r+1)+r] = im
-    pil = Image.fromarray(sheet.permute(1,2,0).numpy())
-    return pil.resize((pil.width*zoom, pil.height*zoom), Image.NEAREST)
+    "Pictures on one sheet, row by row, on white."
+    if images.dtype!=torch.uint8 or images.ndim!=4 or images.shape[1] not in (1,3) or not len(images):
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 3, R, R) or (N, 1, R, R)")
+    columns = columns or math.ceil(len(images)**0.5)
+    if columns<1 or scale<1 or gap<0:
+        raise ValueError(f"columns={columns}, scale={scale}, gap={gap}; expected 1, 1, 0 or more")
+    n,channels,h,w = images.shape
+    sheet = np.full((-(-n//columns)*(h+gap)-gap, columns*(w+gap)-gap, channels), 255, np.uint8)
+    for k,image in enumerate(images.cpu().permute(0,2,3,1).numpy()):
+        i,j = k//columns*(h+gap), k%columns*(w+gap)
+        sheet[i:i+h, j:j+w] = image
+    sheet = sheet.repeat(scale,0).repeat(scale,1)
+    return Image.fromarray(sheet[...,0] if channels==1 else sheet)
