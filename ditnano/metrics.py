@@ -390,7 +390,7 @@ def frechet(
     ours = statistics(resolved(images)['features'])
     return frechet_distance(*ours[:2], *reference_statistics(reference, resolved)[:2])
 
-# %% ../nbs/41_metrics.ipynb #181712f7
+# %% ../nbs/41_metrics.ipynb #3d628403
 SMALL_SET = 5_000 # Below this number of images a Fréchet distance is mostly bias
 
 def kernel_distance(
@@ -410,30 +410,34 @@ def kernel_distance(
     out = compute(*both, kid_subsets=subsets, kid_subset_size=n, verbose=False)
     return out['kernel_inception_distance_mean'], out['kernel_inception_distance_std']
 
+# %% ../nbs/41_metrics.ipynb #90bfa9d7
 def compare_small_sets(
-    images,    # uint8, or float in [-1, 1]: (N, 3, R, R)
-    reference, # ImageSet, or images; their features are needed
-    extractor, # An extractor, or its name
-    seed:int=0, # Of the choice of real images
+    images,      # uint8, or float in [-1, 1]: (N, 3, R, R)
+    reference,   # ImageSet, or images; their features are needed
+    extractor,   # An extractor, or its name
+    seed:int=0,  # Of the choice of real images
+    draws:int=5, # Choices of real images, over which their distances are averaged
 )->dict: # Fréchet and kernel distance of the images, and of as many real ones; `samples` and `real`, their numbers
     "Distances of a small set, each beside that of real images of the same number against the rest of the reference."
     images, extractor = as_bytes(images), _resolve(extractor)
     if isinstance(reference, (Reference,Statistics,str,Path)):
         raise ValueError("reference: statistics; expected images, whose features are compared")
     _check_size(images, reference)
-    real = extractor(getattr(reference, 'images', reference))['features']
-    n = min(len(images), len(real)//2)
-    if n<2: raise ValueError(f"{len(images)} images, {len(real)} in the reference; expected 2 or more, and 4")
-    order, ours = np.random.default_rng(seed).permutation(len(real)), extractor(images)['features']
-    held, rest = real[order[:n]], real[order[n:]]
+    ours, theirs = (extractor(x)['features'] for x in (images, getattr(reference, 'images', reference)))
+    n = min(len(ours), len(theirs)//2)
+    if n<2: raise ValueError(f"{len(ours)} images, {len(theirs)} in the reference; expected 2 or more, and 4")
     fd, kd = ('FID','KID') if extractor.name=='inception' else (f'FD-{extractor.name}', f'KD-{extractor.name}')
-    out = {'samples':len(images), 'real':n}
-    for name,features in (('',ours), (' (real)',held)):
-        out[f'{fd}{name}'] = frechet_distance(*statistics(features)[:2], *statistics(rest)[:2])
-        out[f'{kd}{name}'],out[f'{kd}{name} spread'] = kernel_distance(features, rest)
-    return out
+    real, rng = {fd:[], kd:[]}, np.random.default_rng(seed)
+    for _ in range(draws):
+        order = rng.permutation(len(theirs))
+        some, rest = theirs[order[:n]], theirs[order[n:]]
+        real[fd].append(frechet_distance(*statistics(some)[:2], *statistics(rest)[:2]))
+        real[kd].append(kernel_distance(some, rest)[0])
+    out = {'samples':len(ours), 'real':n, fd:frechet_distance(*statistics(ours)[:2], *statistics(theirs)[:2])}
+    out[kd], out[f'{kd} spread'] = kernel_distance(ours, theirs)
+    return out | {f'{name} (real)':float(np.mean(values)) for name,values in real.items()}
 
-# %% ../nbs/41_metrics.ipynb #1cecbb87
+# %% ../nbs/41_metrics.ipynb #7c025464
 def nearest_images(
     images,    # Samples, uint8 or float in [-1, 1]: (N, 3, R, R)
     training,  # ImageSet or images (M, 3, R, R)
