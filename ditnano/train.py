@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .layers import Block
 from .repro import atomic, content_hash, derive_seed, lock, pick_device, state_hash
 
-# %% ../nbs/31_train.ipynb #2c06c596
+# %% ../nbs/31_train.ipynb #cd5876e7
 class Task(Protocol):
     "What `fit` trains."
     model:nn.Module         # Trained in place
@@ -206,7 +206,7 @@ def save_state(
     with _writing(file), atomic(file) as tmp: save_file(tensors, tmp, metadata=meta|{'sha256':sha256})
     return sha256
 
-# %% ../nbs/31_train.ipynb #4b068c0a
+# %% ../nbs/31_train.ipynb #21e8b85a
 _META = {'step','seconds','identity'}
 
 def _read_checkpoint(file):
@@ -304,7 +304,7 @@ class History:
         if kept==data: return
         with _writing(self.file), atomic(self.file) as tmp: tmp.write_bytes(kept)
 
-# %% ../nbs/31_train.ipynb #acb581e0
+# %% ../nbs/31_train.ipynb #40432d1a
 def read_history(
     folder:str|os.PathLike[str], # A run's folder
 )->list[dict[str,Any]]: # One dictionary per logged step
@@ -356,20 +356,25 @@ def _accelerator(device):
         return Accelerator(cpu=place.type=='cpu', mixed_precision='no', gradient_accumulation_steps=1,
                            kwargs_handlers=[limit])
 
-# %% ../nbs/31_train.ipynb #26e89408
+# %% ../nbs/31_train.ipynb #ca2ef12c
+@contextlib.contextmanager
+def _naming_rank(accelerator, what):
+    "An error in one of several processes names the process, and a collective that found no answer says so."
+    try: yield
+    except RuntimeError as e:
+        if accelerator.num_processes==1: raise
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise RuntimeError(f"rank {accelerator.process_index} of {accelerator.num_processes}, {what}: {reason} (a process "
+                           f"waits {_max_wait():g} s for the others; see their messages too)") from e
+
 def gather_from_ranks(
     value:Any,     # Of this process; anything that can be pickled
     device='auto', # Where it trains
 )->list[Any]: # One value per process, in order
-    "What every process of a distributed run says; raises TimeoutError where one does not answer."
+    "What every process of a distributed run says; an error names the rank where one does not answer."
     if _world()==1: return [value]
     from accelerate.utils import gather_object
-    accelerator = _accelerator(device)
-    try: return gather_object([value])
-    except RuntimeError as e:
-        who = f'rank {accelerator.process_index} of {accelerator.num_processes}'
-        raise TimeoutError(f"{who}: no answer from the other processes ({str(e).splitlines()[0]}); "
-                           f"expected one within {_max_wait():g} s, see their messages") from None
+    with _naming_rank(_accelerator(device), 'gathering'): return gather_object([value])
 
 def broadcast_from_rank0(
     value:Any,     # Of this process; anything that can be pickled
@@ -392,7 +397,7 @@ def on_rank0(
     if reason: raise RuntimeError(f"rank 0: {reason}")
     return out
 
-# %% ../nbs/31_train.ipynb #111a54b3
+# %% ../nbs/31_train.ipynb #9bc92483
 class DeviceBatches:
     "All samples of a task on a device; a batch is chosen there and equals the task's own bit for bit."
     def __init__(self, task:Task, device, chunk:int=4096):
@@ -647,7 +652,7 @@ class Clock:
         if due or self.stop: self.saved = now
         return due or self.stop
 
-# %% ../nbs/31_train.ipynb #afa4ccdc
+# %% ../nbs/31_train.ipynb #a4fe4387
 @contextlib.contextmanager
 def _folder_lock(folder, device):
     "One training in a folder at a time; the first process holds the lock for all."
@@ -737,7 +742,8 @@ def fit(
         graphed = make_graphed_step(task, cfg, state, accelerator)
         clock, end = Clock(state, save_every, minutes), min(cfg.steps, stop_after or cfg.steps)
         while state.step<end and not clock.stop:
-            loss = train_step(state, task, cfg, accelerator, model, graphed)
+            with _naming_rank(accelerator, f'step {state.step+1}'):
+                loss = train_step(state, task, cfg, accelerator, model, graphed)
             look = state.step%log_every==0 or state.step==end
             if look or kind=='cpu': _check_loss(loss, state, task, cfg, files.file, max(0, state.step-log_every))
             if look: files.log(_line(state, cfg, loss, clock), callback)

@@ -145,7 +145,8 @@ def test_a_signal_saves_before_it_acts(name, tmp_path, capsys):
     def end(*_): raise SystemExit(3)
     before = signal.signal(signal.SIGTERM, end)
     try:
-        with pytest.raises(KeyboardInterrupt if name == 'SIGINT' else SystemExit): fit(Line(send), CFG, tmp_path/'a', 'cpu')
+        with pytest.raises(KeyboardInterrupt if name == 'SIGINT' else SystemExit):
+            fit(Line(send), CFG, tmp_path/'a', 'cpu')
         assert signal.getsignal(signal.SIGTERM) is end
     finally: signal.signal(signal.SIGTERM, before)
     said = capsys.readouterr().err
@@ -184,7 +185,7 @@ def test_variables_of_accelerate_change_nothing(tmp_path, monkeypatch):
 
 
 PROGRAM = textwrap.dedent('''
-    import sys, time, torch
+    import os, sys, time, torch
     from torch import nn
     from ditnano.config import TrainConfig
     from ditnano.train import fit
@@ -195,32 +196,38 @@ PROGRAM = textwrap.dedent('''
             self.model, self.x = nn.Linear(1, 1), torch.linspace(-1, 1, 64)[:,None]
         def batch(self, idx): return (self.x[idx],)
         def loss(self, model, batch, step):
-            time.sleep(0.1)
+            time.sleep(0.01)
+            while step.index == 2 and not os.path.exists(sys.argv[2]): time.sleep(0.05)
             return (model(batch[0])-1).square().mean()
     fit(Slow(), TrainConfig(images=16*40, batch=16, lr=1e-2), sys.argv[1], 'cpu', save_every=0.2, log_every=1)
 ''')
 
 
-def start(folder): return subprocess.Popen([sys.executable, '-c', PROGRAM, str(folder)], text=True,
-                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start(folder):
+    "A run of 40 steps that stands still in its third until there is a file named go."
+    command = [sys.executable, '-u', '-c', PROGRAM, str(folder/'run'), str(folder/'go')]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.slow
 def test_two_trainings_in_one_folder_follow_each_other(tmp_path):
     first = start(tmp_path)
-    while not (tmp_path/'history.jsonl').exists(): time.sleep(0.05)
+    while not (tmp_path/'run'/'history.jsonl').exists(): time.sleep(0.05)
     second = start(tmp_path)
-    said = [p.communicate(timeout=120)[0] for p in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0), said
-    assert f'process {first.pid}' in said[1] and 'waiting' in said[1]
-    assert [json.loads(line)['step'] for line in (tmp_path/'history.jsonl').read_text().splitlines()] == [*range(1, 41)]
+    said = second.stdout.readline()
+    assert f'process {first.pid}' in said and 'waiting' in said
+    (tmp_path/'go').touch()
+    assert (first.wait(60), second.wait(60)) == (0, 0)
+    lines = (tmp_path/'run'/'history.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == [*range(1, 41)]
 
 
 @pytest.mark.slow
 def test_sigterm_from_outside_saves(tmp_path):
-    process = start(tmp_path)
-    while not (tmp_path/'history.jsonl').exists(): time.sleep(0.05)
+    process, run = start(tmp_path), tmp_path/'run'
+    while not (run/'history.jsonl').exists(): time.sleep(0.05)
     process.terminate()
+    (tmp_path/'go').touch()
     said = process.communicate(timeout=60)[0]
     assert process.returncode == -signal.SIGTERM and 'SIGTERM: stopped at step' in said
-    assert f'step {steps_done(tmp_path)} of 40' in said and not (tmp_path/'.train.lock').exists()
+    assert f'step {steps_done(run)} of 40' in said and not (run/'.train.lock').exists()

@@ -1,5 +1,6 @@
 "The training loop: order, exact resume, recording, samples on the device."
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,8 +125,9 @@ def test_longer_training_resumes_and_reports(tmp_path, capsys):
     assert fit(Line(), longer, tmp_path/'a', 'cpu').step == 8
     assert '64 images become 128' in capsys.readouterr().err
     fit(Line(), longer, tmp_path/'b', 'cpu')
-    assert_same(tensors(tmp_path/'a'), tensors(tmp_path/'b'))       # a constant rate: as if it had been asked for at once
-    with pytest.raises(ValueError, match='train.images is 128 there, expected 64'): fit(Line(), CFG, tmp_path/'a', 'cpu')
+    assert_same(tensors(tmp_path/'a'), tensors(tmp_path/'b'))       # a constant rate: as if asked for at once
+    with pytest.raises(ValueError, match='train.images is 128 there, expected 64'):
+        fit(Line(), CFG, tmp_path/'a', 'cpu')
     fit(Line(), replace(CFG, anneal=True), tmp_path/'c', 'cpu')
     fit(Line(), replace(longer, anneal=True), tmp_path/'c', 'cpu')
     assert 'the longer schedule' in capsys.readouterr().err
@@ -201,10 +203,11 @@ def test_compiled_regions_give_the_plain_gradient():
     from ditnano.losses import get_loss
     z, grads = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
     for compiled in (False, True):
-        class Task: model, loss_fn = randomize_weights(DiT(DiTConfig(2, 32)), seed=1).train(), get_loss('perceptual-digitslens@32')
-        if compiled and not compile_regions(Task, torch.device('cpu')): pytest.skip('no compiler for torch.compile')
-        out = Task.model(z, torch.zeros(2), torch.tensor([1, 2]), label_drop_mask=torch.zeros(2, dtype=torch.bool))
-        Task.loss_fn(out, z).backward()
-        grads.append({n: p.grad for n, p in Task.model.named_parameters() if p.grad is not None})
+        model = randomize_weights(DiT(DiTConfig(2, 32)), seed=1).train()
+        task = SimpleNamespace(model=model, loss_fn=get_loss('perceptual-digitslens@32'))
+        if compiled and not compile_regions(task, torch.device('cpu')): pytest.skip('no compiler for torch.compile')
+        out = task.model(z, torch.zeros(2), torch.tensor([1, 2]), label_drop_mask=torch.zeros(2, dtype=torch.bool))
+        task.loss_fn(out, z).backward()
+        grads.append({n: p.grad for n, p in task.model.named_parameters() if p.grad is not None})
     for k, plain in grads[0].items():
         assert (plain-grads[1][k]).abs().max() <= 1e-5*max(1, plain.abs().max()), k
