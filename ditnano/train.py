@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .layers import Block
 from .repro import atomic, content_hash, derive_seed, lock, pick_device, state_hash
 
-# %% ../nbs/31_train.ipynb #cd5876e7
+# %% ../nbs/31_train.ipynb #2c06c596
 class Task(Protocol):
     "What `fit` trains."
     model:nn.Module         # Trained in place
@@ -206,7 +206,7 @@ def save_state(
     with _writing(file), atomic(file) as tmp: save_file(tensors, tmp, metadata=meta|{'sha256':sha256})
     return sha256
 
-# %% ../nbs/31_train.ipynb #21e8b85a
+# %% ../nbs/31_train.ipynb #4b068c0a
 _META = {'step','seconds','identity'}
 
 def _read_checkpoint(file):
@@ -304,7 +304,7 @@ class History:
         if kept==data: return
         with _writing(self.file), atomic(self.file) as tmp: tmp.write_bytes(kept)
 
-# %% ../nbs/31_train.ipynb #40432d1a
+# %% ../nbs/31_train.ipynb #acb581e0
 def read_history(
     folder:str|os.PathLike[str], # A run's folder
 )->list[dict[str,Any]]: # One dictionary per logged step
@@ -356,7 +356,7 @@ def _accelerator(device):
         return Accelerator(cpu=place.type=='cpu', mixed_precision='no', gradient_accumulation_steps=1,
                            kwargs_handlers=[limit])
 
-# %% ../nbs/31_train.ipynb #ca2ef12c
+# %% ../nbs/31_train.ipynb #1fddfe58
 @contextlib.contextmanager
 def _naming_rank(accelerator, what):
     "An error in one of several processes names the process, and a collective that found no answer says so."
@@ -364,8 +364,9 @@ def _naming_rank(accelerator, what):
     except RuntimeError as e:
         if accelerator.num_processes==1: raise
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise RuntimeError(f"rank {accelerator.process_index} of {accelerator.num_processes}, {what}: {reason} (a process "
-                           f"waits {_max_wait():g} s for the others; see their messages too)") from e
+        rank = f"rank {accelerator.process_index} of {accelerator.num_processes}"
+        raise RuntimeError(f"{rank}, {what}: {reason} (a process waits {_max_wait():g} s for the others; "
+                           "see their messages too)") from e
 
 def gather_from_ranks(
     value:Any,     # Of this process; anything that can be pickled
@@ -397,7 +398,7 @@ def on_rank0(
     if reason: raise RuntimeError(f"rank 0: {reason}")
     return out
 
-# %% ../nbs/31_train.ipynb #9bc92483
+# %% ../nbs/31_train.ipynb #111a54b3
 class DeviceBatches:
     "All samples of a task on a device; a batch is chosen there and equals the task's own bit for bit."
     def __init__(self, task:Task, device, chunk:int=4096):
@@ -652,7 +653,7 @@ class Clock:
         if due or self.stop: self.saved = now
         return due or self.stop
 
-# %% ../nbs/31_train.ipynb #a4fe4387
+# %% ../nbs/31_train.ipynb #afa4ccdc
 @contextlib.contextmanager
 def _folder_lock(folder, device):
     "One training in a folder at a time; the first process holds the lock for all."
