@@ -12,6 +12,7 @@ from .deploy.jetson import read_state as read_state
 from .dit import DiT as DiT
 from .edm import EDMPrecond as EDMPrecond
 from .edm import VPPrecond as VPPrecond
+from .edm import from_init_kwargs as from_init_kwargs
 from .edm import heun_sampler as heun_sampler
 from .edm import load_teacher as load_teacher
 from .get import GET as GET
