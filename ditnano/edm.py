@@ -357,16 +357,17 @@ def _read_net(path):
 TEACHERS = ('digits32','cifar16','cifar10-small','cifar10-7m','edm-cifar10-vp')
 READERS = {  # A name, an ending, or a file in a folder -> the function that reads it
     'edm-cifar10-vp':'ditnano.interop.nvidia:load_released',
-    '.pkl':'ditnano.interop.nvidia:load_released', '.pt':'ditnano.interop.nvidia:load_released', '.pth':'ditnano.interop.nvidia:load_released',
-    'model_index.json':'ditnano.interop.diffusers:load_diffusers', 'scheduler_config.json':'ditnano.interop.diffusers:load_diffusers',
-    'diffusion_pytorch_model.safetensors':'ditnano.interop.diffusers:load_diffusers',
+    **dict.fromkeys(('.pkl','.pt','.pth'), 'ditnano.interop.nvidia:load_released'),
+    **dict.fromkeys(('model_index.json','scheduler_config.json','diffusion_pytorch_model.safetensors','hf:'),
+                    'ditnano.interop.diffusers:load_diffusers'),
 }
 
 def _reader(name):
     "The function that reads a teacher in another format; None for a folder of ours."
     path = Path(name)
     files = {p.name for p in path.iterdir()} if path.is_dir() else {path.suffix}
-    key = None if files>=_FILES else next((k for k in READERS if k in files | {str(name)}), None)
+    asked = {'hf:' if str(name).startswith('hf:') else str(name)}
+    key = None if files>=_FILES else next((k for k in READERS if k in files | asked), None)
     if key is None: return None
     module, _, function = READERS[key].partition(':')
     return getattr(importlib.import_module(module), function)
