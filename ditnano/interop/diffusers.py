@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from ..repro import read_json, verified_hash
+from ..repro import import_guarded, read_json, verified_hash
 
 # %% ../../nbs/interop/03_diffusers.ipynb #78c1e393
 _STEPS = ('DDPMScheduler','DDIMScheduler','EulerDiscreteScheduler','HeunDiscreteScheduler')
@@ -130,7 +130,7 @@ def load_diffusers(
     name, # A folder by `save_pretrained`, or 'hf:OWNER/NAME'
 )->DiffusersDenoiser: # In eval mode, frozen, float32; with `.name`, `.hash` and `.card`
     "A teacher from diffusers."
-    try: from diffusers import UNet2DModel
+    try: UNet2DModel = import_guarded('diffusers').UNet2DModel
     except ImportError: raise ValueError(f"{name}: diffusers is not installed: pip install 'ditnano[diffusers]'") from None
     folder = _fetch(str(name)) if str(name).startswith('hf:') else Path(name).expanduser()
     unet, found = _find_parts(folder)
