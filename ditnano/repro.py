@@ -222,11 +222,13 @@ def is_system_file(
 # %% ../nbs/00_repro.ipynb #dcabb342
 WEIGHT_FILES = ('config.json','model.safetensors')
 
-def _check_tensors(tensors, half):
+def _check_tensors(tensors, half, whole):
     "Contiguous copies on the CPU, floats as float32 or float16; a value that is not finite is an error."
     import torch
-    kind = torch.float16 if half else torch.float32
-    out = {k:v.detach().to('cpu', kind if v.is_floating_point() else v.dtype).contiguous() for k,v in tensors.items()}
+    def kind(k, v):
+        if not v.is_floating_point(): return v.dtype
+        return torch.float16 if half and k not in whole else torch.float32
+    out = {k:v.detach().to('cpu', kind(k, v)).contiguous() for k,v in tensors.items()}
     for k,v in out.items():
         if not v.isfinite().all(): raise ValueError(f"{k}: not finite{' in float16' if half else ''}; nothing saved")
     return out
@@ -237,6 +239,7 @@ def save_weights(
     tensors:"dict[str,torch.Tensor]", # Name -> tensor
     half:bool=False,                  # Floats as float16, else as float32
     metadata:dict[str,str]|None=None, # For the head of the safetensors file
+    whole:tuple[str,...]=(),          # Names that stay float32 with `half`
 )->Path: # The folder
     "Write `config.json` and `model.safetensors`, both or neither."
     from safetensors.torch import save_file
@@ -245,7 +248,7 @@ def save_weights(
         there = [p.name for p in folder.iterdir()] if folder.is_dir() else [folder.name]
         other = sorted(n for n in there if n not in WEIGHT_FILES and not is_system_file(n))
         if other: raise ValueError(f"{folder.name}: holds {other[0]}; expected a new folder, or one with weights alone")
-    tensors = _check_tensors(tensors, half)
+    tensors = _check_tensors(tensors, half, whole)
     with atomic(folder) as tmp:
         tmp.mkdir()
         save_file(tensors, tmp/'model.safetensors', metadata=metadata)
