@@ -129,7 +129,7 @@ def build(
 
 def _build_artifact(name, device, minutes):
     from ditnano.lab.shipping import build_shipped
-    from ditnano.lab.sweep import TimeLimitReached
+    from ditnano.lab.execute import TimeLimitReached
     try: made = build_shipped(name, device, minutes=minutes)
     except TimeLimitReached as e: return print(f'{name}: {e}')
     print(made or f'{name}: stopped in time; the same command resumes it')
@@ -302,6 +302,7 @@ def sweep(
     device:str='auto',            # Where each run computes
     recompute:bool=False,             # Compute also what was finished elsewhere and came with paper_figures/evidence
     verify:Optional[Path]=None,   # Instead: compute this committed run again, e.g. paper_figures/evidence/distill-..., and compare
+    slurm:tuple[str, ...]=(),     # Settings for Slurm, key=value as submitit names them, e.g. slurm_partition=gpu gpus_per_node=1
 ):
     """Compute the missing runs of a scale.
 
@@ -310,19 +311,22 @@ def sweep(
     """
     if verify: return _verify(verify, device)
     from ditnano.lab.experiments import experiment_configs, priority_groups
+    from ditnano.lab.evidence import evidence_folders
     from ditnano.repro import pick_device
-    from ditnano.lab.sweep import sweep
+    from ditnano.lab.sweep import slurm_settings, sweep
     s = load_scale(scale)
     groups = priority_groups(s) if experiment=='all' else [experiment_configs(experiment, s, **s.experiments.get(experiment, {}))]
     if executor=='auto': executor = 'local' if pick_device(device).type=='cuda' and 'RANK' not in os.environ else 'inline'
-    records = sweep(groups, runs or runs_dir(), s.name, executor, workers, _minutes_left(minutes), device, evidence_folder=None if recompute else figures_dir()/'evidence')
+    runs = runs or runs_dir()
+    evidence = [] if recompute else evidence_folders(runs)
+    records = sweep(groups, runs, s.name, executor, workers, _minutes_left(minutes), device, evidence_folder=evidence, **slurm_settings(slurm))
     print(f'{len(records)} of {sum(map(len, groups))} runs are done')
 
 # %% ../nbs/50_cli.ipynb #e5f0ad83
 def _verify(folder, device):
     "A committed run computed again in a folder of its own; metrics that differ too much are an error."
     import tempfile
-    from ditnano.lab.sweep import VERIFY_TOLERANCE, verify
+    from ditnano.lab.execute import VERIFY_TOLERANCE, verify
     from ditnano.train import Progress
     with tempfile.TemporaryDirectory() as root: found = verify(folder, root, device, Progress('again'))
     _print_rows([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']} for k,v in found.items()])
@@ -344,7 +348,7 @@ def paper(
     Example: ditnano paper
     Example: ditnano paper --scale gpu --dry-run
     """
-    if dry_run: return _list_best(runs, out) if scale=='best' else _dry_run(load_scale(scale), runs or runs_dir(), device)
+    if dry_run: return _list_best(runs, out) if scale=='best' else _dry_run(load_scale(scale), runs or runs_dir(), device, out)
     from ditnano.lab.notebooks import run_notebooks
     how = dict(runs=runs or '', out=out or '', force=force)
     made = [m for s,notebooks in _stages(scale, _notebooks(only)) for m in run_notebooks(notebooks, s, **how)]
@@ -378,14 +382,12 @@ def _list_best(runs, out):
     _print_rows([{'experiment':e, 'best scale':(s := best_scale(found, e)), 'runs there':len(rows_of(found, e, s))} for e in EXPERIMENT_FILTERS])
 
 # %% ../nbs/50_cli.ipynb #c569af97
-def _dry_run(scale, root, device):
-    from ditnano.lab.sweep import GPU_RATE_NOTE, gpu_hours, plan
-    rows, lacks = plan(scale, root, device)
-    _print_rows([{**r, 'done':'yes' if r['done'] else 'no'} for r in rows])
-    todo = [r for r in rows if not r['done']]
-    print(f"{len(todo)} of {len(rows)} runs to do: about {sum(r['hours'] for r in todo):.3g} hours and {sum(r['megabytes'] for r in todo):.0f} MB on this machine, "
-          f"besides {scale.pairs:,} pairs of {scale.teacher} ({scale.pairs*24.6e-6:.2g} GB)\n"
-          f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
+def _dry_run(scale, root, device, out=None):
+    from ditnano.lab.plan import GPU_RATE_NOTE, gpu_hours, plan, summarize_plan
+    rows, lacks, rates = plan(scale, root, device, out or '')
+    _print_rows([r | {'done':'yes' if r['done'] else 'no', 'recorded':r['recorded'] or ''} for r in rows])
+    print(summarize_plan(rows, scale, rates))
+    print(f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
     print('\n'.join(f'missing: {l}' for l in lacks) or 'nothing is missing')
 
 # %% ../nbs/50_cli.ipynb #e9d3408a

@@ -16,7 +16,7 @@ from .experiments import as_student, distill_config, experiment_configs, size_of
 from ..principles import count_params
 from ..repro import atomic, figures_dir, runs_dir, weights_dir
 from .runs import Run, read_result
-from .sweep import distill_run
+from .execute import distill_run
 
 # %% ../../nbs/lab/12_shipping.ipynb #ad2d3051
 @dataclass(frozen=True)
