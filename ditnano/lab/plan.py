@@ -19,14 +19,15 @@ from .runs import Run, read_result
 from ..principles import count_flops, count_params
 
 # %% ../../nbs/lab/09_plan.ipynb #9ef905e6
-def _seconds_per_image(step, batch, repeats=2):
-    "Seconds for an image in the fastest of some calls, after one that is not counted."
+def _seconds_per_image(step, batch, device, repeats=2):
+    "Seconds for an image in the fastest of some calls, after one that is not counted; on a CPU those of this process alone."
+    clock = time.process_time if device.type=='cpu' else time.perf_counter
     step()
     best = float('inf')
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         step()
-        best = min(best, time.perf_counter()-start)
+        best = min(best, clock()-start)
     return best/batch
 
 def _time_student(scale, width, device):
@@ -44,7 +45,7 @@ def _time_student(scale, width, device):
         out.float().square().mean().backward()
         optimizer.step()
         return next(model.parameters()).sum().item()   # waits for a GPU
-    return 3*count_flops(cfg)/_seconds_per_image(step, scale.batch)
+    return 3*count_flops(cfg)/_seconds_per_image(step, scale.batch, device)
 
 # %% ../../nbs/lab/09_plan.ipynb #6cc743be
 def _time_loss(scale, device):
@@ -58,7 +59,7 @@ def _time_loss(scale, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=scale.precision=='bf16'): out = loss(made, target)
         out.backward()
         return out.item()
-    return _seconds_per_image(step, scale.batch)
+    return _seconds_per_image(step, scale.batch, device)
 
 def _time_teacher(scale, device, batch=16):
     "Seconds for an image and one evaluation of the teacher."
@@ -69,7 +70,7 @@ def _time_teacher(scale, device, batch=16):
     labels = torch.eye(net.cfg.label_dim, device=device)[torch.arange(batch, device=device)%net.cfg.label_dim] if net.cfg.label_dim else None
     def step():
         with torch.no_grad(): return net(z, torch.ones(batch, device=device), labels).sum().item()
-    return _seconds_per_image(step, batch)
+    return _seconds_per_image(step, batch, device)
 
 def _time_extractors(scale, device, batch=64):
     "Seconds for an image in all feature extractors."
@@ -79,7 +80,7 @@ def _time_extractors(scale, device, batch=64):
     extractors = [get_extractor(name, device.type) for name in scale.judges]
     def step():
         with torch.no_grad(): return [e(images) for e in extractors]
-    return _seconds_per_image(step, batch)
+    return _seconds_per_image(step, batch, device)
 
 # %% ../../nbs/lab/09_plan.ipynb #f86ff7e9
 def measure_rates(
