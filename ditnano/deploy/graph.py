@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 
-from .folding import FoldedDiT, OneStep, fold
+from .folding import FoldedDiT, OneStep
 from ..repro import noise_and_labels
 
 

@@ -291,7 +291,8 @@ def released(path, net, kwargs):
 def test_a_released_teacher_is_read_and_nothing_in_it_runs(tmp_path, monkeypatch):
     from ditnano.config import UNetConfig
     from ditnano.dit import randomize_weights
-    from ditnano.edm import EDMPrecond, read_checkpoint
+    from ditnano.edm import EDMPrecond
+    from ditnano.interop.checkpoint import read_checkpoint
     from ditnano.unet import SongUNet
     monkeypatch.chdir(tmp_path)
     net = randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1))), seed=2)
@@ -381,7 +382,8 @@ def test_pairs(teacher, tmp_path):
 
 
 def test_pairs_as_get_publishes_them(tmp_path):
-    from ditnano.pairs import PairDataset, import_get_pairs
+    from ditnano.interop.get_pairs import import_get_pairs
+    from ditnano.pairs import PairDataset
     g = torch.Generator().manual_seed(0)
     z, x, y = torch.randn(40, 3, 32, 32, generator=g), torch.rand(40, 3, 32, 32, generator=g)*2.2-1.1, torch.randint(10, (40,), generator=g)
     for folder in ('latent', 'image'): (tmp_path/'get'/folder).mkdir(parents=True)
@@ -581,7 +583,7 @@ def test_wrong_commands_are_refused():
         assert said.returncode != 0 and 'Traceback' not in said.stderr, (args, said.stderr)
 
 
-@pytest.mark.parametrize('command', ['design', 'pairs', 'train', 'sample', 'eval', 'bench', 'sweep', 'paper', 'doctor'])
+@pytest.mark.parametrize('command', ['design', 'pairs', 'train', 'sample', 'eval', 'bench', 'export', 'sweep', 'paper', 'build', 'doctor'])
 def test_every_command_has_help(command):
     said = ditnano(command, '--help')
     assert said.returncode == 0 and 'usage' in said.stdout.lower()
