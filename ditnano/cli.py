@@ -28,7 +28,7 @@ import tyro
 from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
 from .principles import propose
-from .repro import figures_dir, repo_root, runs_dir, write_json
+from .repro import repo_root, runs_dir, write_json
 
 # %% ../nbs/50_cli.ipynb #ce3eba52
 def parse_count(
@@ -125,13 +125,20 @@ def design(
     for n, d in enumerate(found[:3], 1): print(f"{n}  {d.why}")
 
 # %% ../nbs/50_cli.ipynb #af378f46
-def doctor():
+def doctor(
+    verify:bool=False, # Check instead everything that carries a hash: shipped, cached or recorded
+):
     """Report what is available, what is missing, and the one command that gets it.
 
     Example: ditnano doctor
+
+    Example: ditnano doctor --verify
     """
-    from ditnano.lab.doctor import report
-    print(report())
+    from ditnano.lab.doctor import report, verify_report
+    if not verify: return print(report())
+    text, damaged = verify_report()
+    print(text)
+    if damaged: raise RuntimeError(f"{damaged} damaged; see above for what to do")
 
 # %% ../nbs/50_cli.ipynb #2d071cca
 def pairs(
