@@ -16,8 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .runs import read_result
-from ..repro import (cache_dir, data_dir, figures_dir, library_versions, read_config, read_json, runs_dir, torch_home,
-                           verified_hash, weights_dir)
+from ditnano.repro import (
+    cache_dir,
+    data_dir,
+    figures_dir,
+    library_versions,
+    read_config,
+    read_json,
+    runs_dir,
+    torch_home,
+    verified_hash,
+    weights_dir,
+)
 
 # %% ../../nbs/lab/13_doctor.ipynb #4e3cac6c
 @dataclass(frozen=True)

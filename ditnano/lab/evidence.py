@@ -9,7 +9,8 @@ __all__ = ['MUST_BE_SINGLE', 'MAY_VARY', 'DEFAULT_STUDENT', 'SCALES', 'MACHINE_K
            'latency_heading', 'latency_note', 'aggregate_seeds', 'join_paper']
 
 # %% ../../nbs/lab/06_evidence.ipynb #1af17b63
-import contextlib, os
+import contextlib
+import os
 from pathlib import Path
 
 import numpy as np

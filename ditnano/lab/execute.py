@@ -7,13 +7,17 @@ __all__ = ['NOT_STARTED', 'SHARD_SIZE', 'POLL_LIMIT_S', 'VERIFY_TOLERANCE', 'Tim
            'run_label', 'latency_config', 'latency_run', 'verify']
 
 # %% ../../nbs/lab/02_execute.ipynb #635c2c30
-import contextlib, math, os, shutil, time
+import contextlib
+import math
+import os
+import shutil
+import time
 from pathlib import Path
 
 from ..config import GETConfig, TrainConfig
 from .experiments import as_student, assistant_config
-from ..repro import atomic, write_json
 from .runs import Run, read_result, run_once
+from ..repro import atomic, write_json
 
 # %% ../../nbs/lab/02_execute.ipynb #46cd0155
 class TimeLimitReached(Exception):
@@ -83,6 +87,7 @@ def _sample_shards(e):
 def _write_sample_shards(student, config, folder, device):
     "This process's share of the judged samples."
     import numpy as np
+
     from ditnano.sampling import sample
     (rank, world), e = _rank(), config['eval']
     for n,(_,seeds) in enumerate(_sample_shards(e)):
@@ -115,7 +120,9 @@ def _failure_noted(folder):
 
 def _read_block(config, folder, block):
     "Images of a block of samples, once every part of it is there, and the labels that were asked for."
-    import numpy as np, torch
+    import numpy as np
+    import torch
+
     from ditnano.sampling import sample_labels
     cfg = as_student(config['student'])
     parts = [(folder/'parts'/f'{n}.npy', seeds) for n,(b,seeds) in enumerate(_sample_shards(config['eval'])) if b==block]

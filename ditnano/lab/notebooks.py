@@ -7,15 +7,22 @@ __all__ = ['KERNEL', 'MAX_SOCKET_PATH', 'STAGES', 'print_line', 'NotebookError',
            'inputs_hash', 'run_notebooks']
 
 # %% ../../nbs/lab/07_notebooks.ipynb #2940068b
-import ast, json, os, re, subprocess, sys, tempfile, time
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..config import Scale, load_scale
-from ..repro import content_hash, figures_dir, file_hash, repo_root, runs_dir, weights_dir, write_json
 from .evidence import evidence_folders
 from .processes import Children, end_with_parent, sigterm_interrupts
 from .runs import read_result, record_hash
+from ..repro import content_hash, figures_dir, file_hash, repo_root, runs_dir, weights_dir, write_json
 
 # %% ../../nbs/lab/07_notebooks.ipynb #05930761
 def print_line(line): print(line, flush=True)  # a pipe would keep the lines until the end

@@ -7,7 +7,9 @@ __all__ = ['KNOWN_LOSS_FLOPS', 'GPU_RATE', 'GPU_RATE_NOTE', 'measure_rates', 'te
            'missing_requirements', 'scale_configs', 'plan', 'summarize_plan', 'gpu_hours']
 
 # %% ../../nbs/lab/09_plan.ipynb #f60f6b5a
-import contextlib, os, time
+import contextlib
+import os
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,6 +35,7 @@ def _seconds_per_image(step, batch, device, repeats=2):
 def _time_student(scale, width, device):
     "FLOP/s that training steps of a two-layer student of this width reach, optimizer included."
     import torch
+
     from ditnano.dit import DiT, randomize_weights
     cfg = DiTConfig(2, width, image_size=scale.image_size)
     model = randomize_weights(DiT(cfg)).to(device)
@@ -51,6 +54,7 @@ def _time_student(scale, width, device):
 def _time_loss(scale, device):
     "Seconds for an image: target, prediction and the way back."
     import torch
+
     from ditnano.losses import get_loss
     loss = get_loss(scale.loss).to(device)
     shape = (scale.batch, 3, scale.image_size, scale.image_size)
@@ -64,6 +68,7 @@ def _time_loss(scale, device):
 def _time_teacher(scale, device, batch=16):
     "Seconds for an image and one evaluation of the teacher."
     import torch
+
     from ditnano.edm import load_teacher
     net = load_teacher(scale.teacher).to(device)
     z = torch.randn(batch, net.cfg.channels, net.cfg.image_size, net.cfg.image_size, device=device)
@@ -75,6 +80,7 @@ def _time_teacher(scale, device, batch=16):
 def _time_extractors(scale, device, batch=64):
     "Seconds for an image in all feature extractors."
     import torch
+
     from ditnano.metrics import get_extractor
     images = torch.randint(256, (batch, 3, scale.image_size, scale.image_size), dtype=torch.uint8, device=device)
     extractors = [get_extractor(name, device.type) for name in scale.judges]
@@ -90,6 +96,7 @@ def measure_rates(
 )->dict: # `flops` (width -> FLOP/s in training) and seconds for an image: `loss`, `teacher`, `extractors`; 0 for one that is not available
     "What one process reaches here, with one thread on a CPU."
     import torch
+
     from ditnano.repro import pick_device
     device, threads = pick_device(device), torch.get_num_threads()
     if device.type=='cpu': torch.set_num_threads(1)
@@ -109,6 +116,7 @@ def teacher_flops(
     "The cost of one evaluation of a teacher."
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+
     from ditnano.config import UNetConfig
     from ditnano.edm import EDMPrecond, load_teacher
     from ditnano.unet import SongUNet
@@ -130,6 +138,7 @@ def loss_flops(
     "What a loss's network costs, counted as torch runs it."
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+
     from ditnano.losses import get_loss
     try: loss = get_loss(name)
     except FileNotFoundError: return KNOWN_LOSS_FLOPS.get(name, 0)

@@ -6,7 +6,13 @@
 __all__ = ['GRACE_S', 'end_with_parent', 'sigterm_interrupts', 'Children']
 
 # %% ../../nbs/lab/03_processes.ipynb #5e50a3ee
-import contextlib, ctypes, os, signal, subprocess, sys, threading
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 # %% ../../nbs/lab/03_processes.ipynb #134cb29b
 _PR_SET_PDEATHSIG = 1

@@ -7,7 +7,11 @@ __all__ = ['RESULT_FIELDS', 'MODELS', 'MAX_ARTIFACT_BYTES', 'run_key', 'Run', 'r
            'record_hash', 'publish']
 
 # %% ../../nbs/lab/00_runs.ipynb #b1c667ee
-import json, math, re, shutil, time
+import json
+import math
+import re
+import shutil
+import time
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path

@@ -6,7 +6,13 @@
 __all__ = ['SHUTDOWN_MARGIN_S', 'HELD', 'SLURM_MINUTES', 'EXECUTORS', 'slurm_settings', 'sweep']
 
 # %% ../../nbs/lab/04_sweep.ipynb #200c9add
-import json, math, os, subprocess, sys, threading, time
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
