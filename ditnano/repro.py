@@ -6,8 +6,8 @@
 __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'content_hash',
            'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json', 'is_system_file',
            'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock', 'cache_dir', 'data_dir',
-           'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir', 'pick_device', 'exact_convolutions',
-           'import_guarded', 'library_versions', 'code_version', 'fingerprint']
+           'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir', 'list_models', 'pick_device',
+           'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib, errno, hashlib, importlib, json, math, os, platform, re, secrets, shutil, stat, subprocess, sys, time
@@ -379,6 +379,22 @@ def figures_dir()->Path: # `DITNANO_FIGURES`, or `paper_figures` in the checkout
     "Folder of tables, figures, and the evidence behind them."
     env = os.environ.get('DITNANO_FIGURES')
     return Path(env).expanduser() if env else repo_root()/'paper_figures'
+
+# %% ../nbs/00_repro.ipynb #8806eb06
+def _model_kind(folder):
+    "What a folder of weights holds: 'student', 'teacher', 'classifier', or None."
+    config = read_config(folder)
+    if 'class_name' in config: return 'teacher'
+    return {'DiT':'student', 'GET':'student', 'Classifier':'classifier'}.get(config.get('class'))
+
+def list_models(
+    kind:str='student', # 'student', 'teacher' or 'classifier'
+)->list[str]: # Names that from_pretrained, load_teacher or load_classifier take
+    "The trained networks that came with the package; no weights are read."
+    kinds = ('student','teacher','classifier')
+    if kind not in kinds: raise ValueError(f"kind {kind!r}: expected one of {', '.join(kinds)}")
+    folders = sorted(p.parent for p in weights_dir().glob('*/model.safetensors'))
+    return [p.name.removeprefix('teacher-') for p in folders if _model_kind(p)==kind]
 
 # %% ../nbs/00_repro.ipynb #85dbcc13
 def pick_device(

@@ -7,7 +7,13 @@ __all__ = ['PARITY_SEEDS', 'CALIBRATION_SEED', 'RUNTIMES', 'MAX_RELATIVE_ERROR',
            'describe', 'to_onnx', 'to_openvino', 'file_images', 'quality', 'bundle']
 
 # %% ../../nbs/deploy/06_export.ipynb #36e3e48d
-import hashlib, importlib.util, json, os, platform, shutil, tempfile
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 

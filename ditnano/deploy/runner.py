@@ -10,7 +10,18 @@ __all__ = ['RUNTIMES', 'INSTALL', 'TRTEXEC', 'OPTIONS', 'PARITY_TOLERANCE', 'RUN
            'frame_time', 'table_row', 'make_images', 'main']
 
 # %% ../../nbs/deploy/05_runner.ipynb #19c94aae
-import argparse, ctypes, hashlib, importlib, importlib.util, json, os, platform, re, shutil, subprocess, sys
+import argparse
+import ctypes
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 

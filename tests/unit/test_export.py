@@ -9,8 +9,17 @@ pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 from ditnano.config import DiTConfig
-from ditnano.deploy.export import (MAX_RELATIVE_ERROR, bundle, describe, file_images, open_file, parity, to_onnx,
-                                   to_openvino, weights_hash)
+from ditnano.deploy.export import (
+    MAX_RELATIVE_ERROR,
+    bundle,
+    describe,
+    file_images,
+    open_file,
+    parity,
+    to_onnx,
+    to_openvino,
+    weights_hash,
+)
 from ditnano.deploy.runner import UserError
 from ditnano.dit import DiT, randomize_weights
 from ditnano.repro import file_hash
