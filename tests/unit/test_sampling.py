@@ -225,7 +225,7 @@ def test_folders_that_are_refused(model, tmp_path):
     refused('one of them comes twice', sample_to, tmp_path/'b', model, [1, 1])
     refused('expected several', sample_to, tmp_path/'b', model, 9)
     (folder/'samples.json').write_text('{"weights')
-    refused('samples.json: damaged', sample_to, folder, model, range(2))
+    refused('samples.json: not JSON', sample_to, folder, model, range(2))
 
 
 def test_nothing_half_written_stays(model, tmp_path):
