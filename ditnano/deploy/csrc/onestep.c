@@ -334,16 +334,17 @@ INLINE void linear(const num *a, int stride, const Linear *map, int rows, int co
 
 /* Columns beyond the width are zero, so they may take part in the sums; what they add to the variance is taken off. */
 INLINE void norm(const float *x, const float *shift, const float *scale, num *out, Range tokens) {
+  const float width = (float)WIDTH, padding = (float)(WIDTH_PAD - WIDTH);
   for (int t = tokens.from; t < tokens.to && t < TOKENS; t++) {
     const float *from = x + t * WIDTH_PAD;
     vec total = {0}, squares = {0};
     for (int d = 0; d < WIDTH_PAD; d += LANES) total += *(const vec *)(from + d);
-    float mean = sum_lanes(total) / WIDTH;
+    float mean = sum_lanes(total) / width;
     for (int d = 0; d < WIDTH_PAD; d += LANES) {
       vec e = *(const vec *)(from + d) - mean;
       squares += e * e;
     }
-    float variance = (sum_lanes(squares) - (WIDTH_PAD - WIDTH) * mean * mean) / WIDTH;
+    float variance = (sum_lanes(squares) - padding * mean * mean) / width;
     float inverse = 1 / sqrtf(variance + 1e-6f);
     for (int d = 0; d < WIDTH_PAD; d += LANES) {
       vec y = (*(const vec *)(from + d) - mean) * inverse;
@@ -355,13 +356,18 @@ INLINE void norm(const float *x, const float *shift, const float *scale, num *ou
 /* Heads are small (8 to 16 features), so a register holds LANES queries, not features: a key or a value is one number
  * that meets all of them, every register is full, and nothing is transposed. `scores` has a vector for each key. */
 #if !STUDENT_BF16
+INLINE vec gather(const num *from, int stride) {
+  vec a = {0};
+  for (int l = 0; l < LANES; l++) a[l] = from[l * stride];
+  return a;
+}
 INLINE void attend_vectors(const num *qkv, num *out, vec *scores, int size, Range tokens) {
   for (int h = 0; h < WIDTH / size; h++)
     for (int t = tokens.from; t < tokens.to; t += LANES) {
       vec q[STUDENT_HEAD_MAX], o[STUDENT_HEAD_MAX], most = splat(-INFINITY), sum = {0};
       for (int c = 0; c < size; c++) {
         o[c] = (vec){0};
-        for (int l = 0; l < LANES; l++) q[c][l] = qkv[(t + l) * QKV_PAD + h * size + c];
+        q[c] = gather(qkv + t * QKV_PAD + h * size + c, QKV_PAD);
       }
       for (int j = 0; j < TOKENS; j++) {
         const num *key = qkv + j * QKV_PAD + WIDTH + h * size;
@@ -509,7 +515,16 @@ size_t onestep_scratch(int threads) {
   return (size_t)SHARED_BYTES + (size_t)threads * OWN_BYTES + (threads > 1 ? QKV_BYTES : 0);
 }
 
-/* No thread goes on before all have come. A waiting thread spins for a while and then gives its core away. */
+/* A waiting thread spins for a while and then gives its core away. */
+static void pause_after(int spins) {
+#if !defined(_WIN32) && !defined(__wasm__)
+  if (spins >= 2000) sched_yield();
+#else
+  (void)spins;
+#endif
+}
+
+/* No thread goes on before all have come. */
 static void wait_for_all(Barrier *barrier, int threads) {
   int generation = atomic_load(&barrier->generation);
   if (atomic_fetch_add(&barrier->arrived, 1) == threads - 1) {
@@ -517,11 +532,7 @@ static void wait_for_all(Barrier *barrier, int threads) {
     atomic_store(&barrier->generation, generation + 1);
     return;
   }
-  for (int spins = 0; atomic_load(&barrier->generation) == generation; spins++) {
-#if !defined(_WIN32) && !defined(__wasm__)
-    if (spins >= 2000) sched_yield();
-#endif
-  }
+  for (int spins = 0; atomic_load(&barrier->generation) == generation; spins++) pause_after(spins);
 }
 
 /* Tokens of a thread: whole tiles. */
