@@ -20,7 +20,7 @@ setup(
                  'Intended Audience :: Science/Research', 'Natural Language :: ' + cfg['language'],
                  *(f'Programming Language :: Python :: 3.{m}' for m in minors)],
     packages=find_packages(include=['ditnano', 'ditnano.*']),
-    package_data={'ditnano': ['weights/**/*.safetensors', 'weights/**/*.json', 'weights/**/*.md']},
+    package_data={'ditnano': ['weights/**/*.safetensors', 'weights/**/*.json', 'weights/**/*.md', 'deploy/csrc/*']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['ditnano=ditnano._modidx:d']},

@@ -208,7 +208,7 @@ def _loss_of(model):
 # %% ../nbs/54_cli.ipynb #d9691b90
 def export(
     weights:str='nano-digits',   # Shipped student or folder
-    format:Literal['onnx','openvino']='onnx', # Of the file
+    format:Literal['onnx','openvino','c']='onnx', # Of the file; c is a folder of source
     precision:Literal['fp32','fp16','int8']='fp32', # fp16 and int8 are typed in the graph
     guidance:float=1.5,          # Inside the graph; 1 is off
     batch:Optional[int]=None,    # Images at once; default open
@@ -216,18 +216,23 @@ def export(
     out:Optional[Path]=None,     # File to write; default the student's name
     bundle:Optional[Path]=None,  # Instead: a folder to copy to a device, with graphs, runner and inputs
     jetpack5:bool=False,         # With --bundle: graphs for TensorRT 8.5 too
+    target:str='',               # For c: also build for these, e.g. host,aarch64-linux,armv7-linux,x86_64-windows,aarch64-macos,wasm32-wasi
+    array:bool=False,            # For c: also the weights as a C array
     quality:int=0,               # Judge the file's images beside the student's, so many
     judge:str='digitsnet',       # By this extractor
     data:str='digits32',         # Against these images
 ):
     """Write a student for other runtimes, compared with the student at once.
 
-    Example: ditnano export --format onnx --precision int8 --out nano.onnx
+    Example: ditnano export --format onnx --precision int8 --out nano.onnx; ditnano export --format c --target aarch64-linux --out student_c
     """
     from ditnano.dit import DiT
-    from ditnano.export import bundle as pack, quality as judged, to_onnx, to_openvino
+    from ditnano.export import bundle as pack, quality as judged, to_c, to_onnx, to_openvino
     model, name = DiT.from_pretrained(weights), Path(weights).name
     if bundle: return print(f"{bundle}: {pack(model, bundle, name, guidance, batch=batch, jetpack5=jetpack5)['run']}, there or on the device")
+    if format=='c':
+        card = to_c(model, out or f'{name}_c', precision, guidance, array, [t for t in target.split(',') if t])
+        return print('\n'.join([f"{out or f'{name}_c'}: make, then ./student --help", *card['programs'].values()]))
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
     made = to_onnx(model, out, precision, guidance, batch, opset) if format=='onnx' else to_openvino(model, out, precision, guidance, batch)
     print(f"{out}: {made['bytes']:,} bytes")

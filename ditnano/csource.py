@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'SOURCES', 'README', 'TARGETS', 'SUFFIXES', 'C_FLAGS', 'weights_file', 'write_source', 'build',
            'CStudent', 'read_picture', 'compare']
 
-# %% ../nbs/43c_csource.ipynb #f66b799c
+# %% ../nbs/43c_csource.ipynb #b5a42844
 import ctypes, hashlib, struct, tempfile
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .folding import OneStep
 from .native import FORMATS, ZIG, c_source, compiler, design_header, network_parts, pad_columns, panels, run_compiler
 from .repro import noise_and_labels
 
-# %% ../nbs/43c_csource.ipynb #57bc4727
+# %% ../nbs/43c_csource.ipynb #9f77b7b3
 PRECISIONS = ('fp32','fp16','int8')
 
 def _half(a):
@@ -52,7 +52,7 @@ def weights_file(
     head = struct.pack('<8s10IQ8x', b'DITNANO', 1, *design, len(payload))
     return head + hashlib.sha256(head+payload).digest() + payload
 
-# %% ../nbs/43c_csource.ipynb #10d651f6
+# %% ../nbs/43c_csource.ipynb #5e793394
 SOURCES = ('student.h','student.c','onestep.h','onestep.c','main.c','Makefile','CMakeLists.txt')
 
 README = '''A one-step diffusion transformer as C11: depth {depth}, width {width}, {size}x{size} pixels, {classes} classes.
@@ -92,7 +92,7 @@ def write_source(
     (folder/'student.bin').write_bytes(data)
     if array: (folder/'student_array.c').write_text(_c_array(data))
 
-# %% ../nbs/43c_csource.ipynb #051f6efd
+# %% ../nbs/43c_csource.ipynb #15234eb3
 TARGETS = {'aarch64-linux':('-target','aarch64-linux-musl'), 'armv7-linux':('-target','arm-linux-musleabihf','-mcpu=cortex_a7'),
            'x86_64-windows':('-target','x86_64-windows-gnu','-mcpu=x86_64_v3'), 'aarch64-macos':('-target','aarch64-macos'),
            'wasm32-wasi':('-target','wasm32-wasi','-mcpu=generic+simd128')}
@@ -123,7 +123,7 @@ def build(
     strip = ('-s',) if cc==ZIG else ()
     return _built([*cc, *C_FLAGS, *arch, *strip, *flags, *(folder/n for n in SOURCES if n.endswith('.c')), '-o', out, '-lm'], out)
 
-# %% ../nbs/43c_csource.ipynb #23b8de94
+# %% ../nbs/43c_csource.ipynb #4178a66c
 class CStudent:
     "A student's folder, compiled for this machine and called from Python."
     def __init__(self,
@@ -179,7 +179,7 @@ class CStudent:
         self._ok(self.c.student_draw(self.context, *args))
         return out.transpose(2,0,1)
 
-# %% ../nbs/43c_csource.ipynb #8d0de73c
+# %% ../nbs/43c_csource.ipynb #16f10625
 def _elf_code(data):
     "Bytes of instructions and constants in an ELF file of 64 bits; None for another kind."
     if data[:5]!=b'\x7fELF\x02': return None
@@ -207,7 +207,7 @@ def compare(
     model,              # The student
     guidance:float=1.5, # 1 is off
     seeds=range(1_000_000, 1_000_016), # Of the comparison
-)->dict: # `error` (relative, L2), `largest`, grey levels, `pixels` that differ of `of`; bytes of code, weights, memory
+)->dict: # `error` (relative, L2), `largest`, `grey_levels`, bytes `changed` `of` all; bytes of code, weights, scratch
     "The C on this machine beside the student."
     cfg = model.cfg
     shape,c = (cfg.channels,cfg.image_size,cfg.image_size),CStudent(folder)
@@ -215,5 +215,6 @@ def compare(
     with torch.no_grad(): want = OneStep(model, guidance)(x, y)
     got = torch.from_numpy(np.stack([c.floats(s, shape, guidance=guidance) for s in seeds]))
     grey = (to_bytes(got).int()-to_bytes(want).int()).abs()
-    return {'error':float((got-want).norm()/want.norm()), 'largest':float((got-want).abs().max()), 'grey_levels':int(grey.max()),
-            'pixels':int((grey>0).sum()), 'of':grey.numel(), 'code':c.code_bytes, 'weights':len(c.weights), 'memory':c.memory_bytes}
+    return {'error':float((got-want).norm()/want.norm()), 'largest':float((got-want).abs().max()),
+            'grey_levels':int(grey.max()), 'changed':int((grey>0).sum()),
+            'of':grey.numel(), 'code_bytes':c.code_bytes, 'weights_bytes':len(c.weights), 'scratch_bytes':c.memory_bytes}
