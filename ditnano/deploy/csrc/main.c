@@ -176,8 +176,8 @@ int main(int n, char **args) {
   Options options = {NULL, "image.png", 0, 0, STUDENT_ANY_LABEL, 0, STUDENT_GUIDANCE};
   int stop = read_options(n, args, &options);
   if (stop) return stop < 0 ? 0 : stop;
-  printf("depth %d, width %d, %dx%d pixels, %d classes; weights %.1f kB, scratch %.1f kB\n", STUDENT_DEPTH, STUDENT_WIDTH,
-         SIZE, SIZE, STUDENT_CLASSES, (double)student_weights_bytes() / 1000, (double)student_memory() / 1000);
+  printf("depth %d, width %d, %dx%d pixels, %d classes; ", STUDENT_DEPTH, STUDENT_WIDTH, SIZE, SIZE, STUDENT_CLASSES);
+  printf("weights %.1f kB, scratch %.1f kB\n", (double)student_weights_bytes() / 1000, (double)student_memory() / 1000);
   if (options.info) return 0;
   Student *student;
   StudentError error = open_student(&student, options.weights);

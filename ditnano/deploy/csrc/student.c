@@ -83,7 +83,7 @@ static void sha_end(Sha *sha, uint8_t digest[32]) {
   for (int i = 0; i < 32; i++) digest[i] = (uint8_t)(sha->state[i / 4] >> (24 - 8 * (i % 4)));
 }
 
-/* ---- Noise: torch's generator for the processor (MT19937), and its normal numbers (Box and Muller) ---------------- */
+/* ---- Noise: torch's generator for the processor (MT19937), and its normal numbers (Box and Muller) --------------- */
 
 typedef struct {
   uint32_t state[624];
@@ -131,8 +131,8 @@ static float fused(float a, float b, float c) {
 /* Natural logarithm, sine and cosine as in the Cephes library, which torch's vector code follows. Operation for
  * operation, so that a seed gives torch's noise bit for bit; 0 < x <= 1. */
 static float cephes_log(float x) {
-  static const float p[] = {7.0376836292E-2f,  -1.1514610310E-1f, 1.1676998740E-1f, -1.2420140846E-1f, 1.4249322787E-1f,
-                            -1.6668057665E-1f, 2.0000714765E-1f,  -2.4999993993E-1f, 3.3333331174E-1f};
+  static const float p[] = {7.0376836292E-2f, -1.1514610310E-1f, 1.1676998740E-1f,  -1.2420140846E-1f, 1.4249322787E-1f,
+                            -1.6668057665E-1f, 2.0000714765E-1f, -2.4999993993E-1f, 3.3333331174E-1f};
   uint32_t bits;
   memcpy(&bits, &x, 4);
   float e = (float)((int)(bits >> 23) - 126);
@@ -192,7 +192,7 @@ void student_noise(uint32_t seed, float *noise, int *label) {
   *label = (int)(generator_next(&g) % STUDENT_CLASSES);
 }
 
-/* ---- Weights: a header of 96 bytes, then the tensors in the order of `Net` ---------------------------------------- */
+/* ---- Weights: a header of 96 bytes, then the tensors in the order of `Net` --------------------------------------- */
 
 /* Bytes 0-7 the magic, 8-47 ten numbers, 48-55 the bytes that follow the header, 56-63 zero, 64-95 the SHA-256 of
  * bytes 0-63 and of all that follows. */
