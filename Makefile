@@ -3,7 +3,7 @@
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= dev,notebooks,cluster,export
+EXTRAS ?= dev,notebooks,cluster,export,judges
 JOBS   ?= 2
 SCALE  ?=
 NB     ?=
@@ -75,7 +75,7 @@ lab: $(STAMP) ## JupyterLab in nbs/
 
 weights: $(STAMP) ## Train again what ditnano/weights/ ships (hours on two cores): make weights WEIGHTS="name ..."
 	@test -n "$(strip $(WEIGHTS))" || { echo 'weights: name them, e.g. make weights WEIGHTS="digitsnet digits32"' >&2; exit 2; }
-	@set -e; for name in $(WEIGHTS); do echo "ditnano train --shipped $$name"; $(BIN)/ditnano train --shipped $$name; done
+	@set -e; for name in $(WEIGHTS); do echo "ditnano build $$name"; $(BIN)/ditnano build $$name; done
 
 # Light rooms name torch in annotations and do not import it; the builder evaluates those, so it must know the name.
 docs: $(STAMP) ## The website into _docs/; needs quarto (https://quarto.org)

@@ -185,7 +185,7 @@ SIZES = ('0.42M','2.2M','5M')
 class Scale(Config):
     "How much of everything: data, teacher, images seen, samples judged. The defaults are `smoke`."
     name:str='smoke'
-    data:str='digits32'             # Image set: 'digits32' or 'cifar10'
+    data:str='digits32'             # Image set: 'digits32' or 'cifar10', with a size as in 'cifar10-jpeg@16'
     teacher:str='digits32'          # Teacher name, folder or .pkl
     pairs:int=480                   # Noise-image pairs, from seeds 0..pairs-1
     teacher_steps:int=18            # Heun steps behind each pair
@@ -213,6 +213,11 @@ class Scale(Config):
         if not known or len(known)!=len(self.references): raise ValueError(f"Scale: references={self.references!r}; expected 'train', 'test' or both")
         used = self.loss.split('@')[0].removeprefix('perceptual-')
         if used in self.judges: raise ValueError(f"Scale: judge {used!r} is also the loss; expected a judge that no loss used")
+
+    @property
+    def image_size(self)->int:
+        "Side of the images in pixels, as the name of the data has it; 32 without one."
+        return int(self.data.partition('@')[2] or 32)
 
 # %% ../nbs/01_config.ipynb #d96351aa
 _EVERY = [list(d) for d in DESIGNS]

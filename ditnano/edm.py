@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECONDS', 'RELEASED', 'TEACHERS', 'Precond', 'EDMPrecond', 'VPPrecond', 'augment', 'edm_loss', 'sigma_steps',
-           'slope', 'heun_sampler', 'to_bytes', 'save_teacher', 'convert_checkpoint', 'teacher_folder', 'load_teacher']
+           'ode_derivative', 'heun_sampler', 'to_bytes', 'save_teacher', 'convert_checkpoint', 'teacher_folder',
+           'load_teacher']
 
 # %% ../nbs/21_edm.ipynb #e295feb4
 import json, math, re, warnings
@@ -17,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .checkpoint import read_checkpoint
+from .interop.checkpoint import read_checkpoint
 from .config import UNetConfig
 from .repro import atomic, cache_dir, data_dir, file_hash, weights_dir, write_json
 from .unet import SongUNet
 
 # %% ../nbs/21_edm.ipynb #e6a5c509
-def _rows(what, given, n, width):
+def _check_rows(what, given, n, width):
     if given.dim()!=2 or given.shape[1]!=width or given.shape[0] not in (1,n):
         raise ValueError(f"{what} of shape {tuple(given.shape)}; expected ({n}, {width})")
     return given.float()
@@ -42,10 +43,10 @@ class Precond(nn.Module):
         if tuple(x.shape[1:])!=(c.channels,c.image_size,c.image_size):
             raise ValueError(f"images of shape {tuple(x.shape)}; expected (N, {c.channels}, {c.image_size}, {c.image_size})")
         if sigma.numel() not in (1,n): raise ValueError(f"{sigma.numel()} noise levels for {n} images; expected 1 or {n}")
-        if c.label_dim: labels = torch.zeros(1, c.label_dim, device=x.device) if labels is None else _rows('labels', labels, n, c.label_dim)
+        if c.label_dim: labels = torch.zeros(1, c.label_dim, device=x.device) if labels is None else _check_rows('labels', labels, n, c.label_dim)
         if augment_labels is None: return labels, None
         if not c.augment_dim: raise ValueError("augment labels for a network that has none; expected augment_labels=None")
-        return labels, _rows('augment labels', augment_labels, n, c.augment_dim)
+        return labels, _check_rows('augment labels', augment_labels, n, c.augment_dim)
 
     def forward(self,
         x:torch.Tensor,      # Noisy images (N, C, R, R)
@@ -123,7 +124,7 @@ def augment(
     p:float=0.12,        # Chance of each augmentation; the mirror flip is a fair coin unless p is 0
     generator=None,      # CPU generator
 )->tuple: # Changed images, and what was done to them (N, 9), all 0 for an untouched image
-    "Flips, scaling, rotation, stretching and shifting, told to the network (EDM, Appendix F)."
+    "Flips, scaling, rotation, stretching and shifting, reported to the network (EDM, Appendix F)."
     v, dev = _draw(len(images), p, generator), images.device
     labels = torch.stack([v['flip_x'], v['flip_y'], v['scale'], v['angle'].cos()-1, v['angle'].sin(),
                           v['stretch']*v['axis'].cos(), v['stretch']*v['axis'].sin(), *v['shift'].T], 1)
@@ -149,12 +150,12 @@ def edm_loss(
     randn=None,           # `randn(*shape, device=...)` draws the noise; default from the generator
 )->torch.Tensor:
     "Weighted denoising error at a random noise level, mean over pixels (EDM, Section 5)."
-    n, dev, told = len(images), images.device, None
-    if net.cfg.augment_dim: images, told = augment(images, augment_p, generator)
+    n, dev, augment_labels, inner = len(images), images.device, None, getattr(net, 'module', net)   # several processes wrap the network
+    if inner.cfg.augment_dim: images, augment_labels = augment(images, augment_p, generator)
     sigma = (torch.randn(n, generator=generator)*1.2 - 1.2).exp().to(dev)
     noise = randn(*images.shape, device=dev) if randn else torch.randn(images.shape, generator=generator).to(dev)
-    out = net(images + sigma[:,None,None,None]*noise, sigma, labels, told)
-    weight = 1/sigma**2 + 1/net.sigma_data**2
+    out = net(images + sigma[:,None,None,None]*noise, sigma, labels, augment_labels)
+    weight = 1/sigma**2 + 1/inner.sigma_data**2
     loss = weight*(out - images).square().mean((1,2,3))   # (N,)
     return loss.mean() if reduce else loss
 
@@ -173,7 +174,7 @@ def sigma_steps(
     return torch.cat([t, t.new_zeros(1)])
 
 # %% ../nbs/21_edm.ipynb #05399db1
-def slope(
+def ode_derivative(
     net,            # A denoiser
     x:torch.Tensor, # Noisy images (N, C, R, R)
     sigma,          # Their noise level
@@ -205,9 +206,9 @@ def heun_sampler(
     x = latents.to(dtype)*t[0]
     for i in range(steps):
         old, now, nxt = x, t[i], t[i+1]
-        d = slope(net, old, now, labels)
+        d = ode_derivative(net, old, now, labels)
         x = old + (nxt - now)*d
-        if i<steps-1: x = old + (nxt - now)*(d + slope(net, x, nxt, labels))/2
+        if i<steps-1: x = old + (nxt - now)*(d + ode_derivative(net, x, nxt, labels))/2
         if callback: callback(dict(i=i, sigma=float(now), sigma_next=float(nxt), x=x, denoised=old-now*d))
     return x
 
@@ -245,7 +246,7 @@ def save_teacher(
         save_file(weights, tmp/'model.safetensors')
 
 # %% ../nbs/21_edm.ipynb #27c42497
-def _fitted(w, wanted, where):
+def _check_shapes(w, wanted, where):
     "The weights in float32, exactly the names and shapes in `wanted`."
     for k in [*wanted, *w]:
         got, want = (tuple(d[k].shape) if k in d else None for d in (w, wanted))
@@ -257,7 +258,7 @@ def _fitted(w, wanted, where):
 def _read_weights(path, wanted):
     try: w = load_file(path/'model.safetensors')
     except (SafetensorError, OSError) as e: raise ValueError(f"{path.name}/model.safetensors: damaged or cut short ({e}); expected a whole file") from None
-    return _fitted(w, wanted, f'{path.name}/model.safetensors')
+    return _check_shapes(w, wanted, f'{path.name}/model.safetensors')
 
 def _read_net(path):
     "The network that `config.json` describes, with fresh weights."
@@ -278,7 +279,7 @@ _FREE = {*_DEFAULTS, 'img_resolution', 'img_channels', 'in_channels', 'out_chann
 
 def _brief(v): return ascii(v) if len(ascii(v))<=40 else ascii(v)[:37]+'...'
 
-def _constructed(info):
+def _constructor_values(info):
     "The constructor values of a released network that is one of ours."
     kind, inner = info['class_name'], info.get('model', {'class_name':None, 'init_args':[], 'init_kwargs':{}})
     if kind not in PRECONDS: raise ValueError(f"class {_brief(kind)}; expected {' or '.join(PRECONDS)}")
@@ -293,7 +294,7 @@ def _constructed(info):
     return _DEFAULTS | outside | inside
 
 # %% ../nbs/21_edm.ipynb #23606bd6
-def _sizes(v):
+def _unet_config(v):
     "A configuration from constructor values, each within its range."
     def whole(k, lo, hi, x=None):
         x = v.get(k) if x is None else x
@@ -308,7 +309,7 @@ def _sizes(v):
                       whole('augment_dim',0,100), whole('label_dim',0,10_000), whole('img_resolution',1,1024), whole('img_channels',1,16))
 
 # %% ../nbs/21_edm.ipynb #e29d4a70
-def _unprefixed(w):
+def _strip_prefix(w):
     "Weights by the names inside the U-Net."
     mark = 'map_layer0.weight'
     prefix = next((k.removesuffix(mark) for k in w if k.endswith(mark)), None)
@@ -317,8 +318,8 @@ def _unprefixed(w):
     if len(out)!=len(w): raise ValueError("names that differ in their prefix only; expected one network")
     return out
 
-def _told_by(w):
-    "Constructor values that names and shapes tell."
+def _infer_config_values(w):
+    "Constructor values inferred from names and shapes."
     def size(k, i):
         if k not in w or w[k].dim()<=i: raise ValueError(f"{k} is missing; expected the weights of a SongUNet")
         return w[k].shape[i]
@@ -330,16 +331,16 @@ def _told_by(w):
                 label_dim=size('map_label.weight', 1) if 'map_label.weight' in w else 0, augment_dim=size('map_augment.weight', 1) if 'map_augment.weight' in w else 0)
 
 # %% ../nbs/21_edm.ipynb #3ae98dde
-def _assemble(w, info):
+def _build_teacher(w, info):
     "A teacher from what `read_checkpoint` gives."
     kind = info['class_name'] or 'EDMPrecond'
     if info['class_name'] is None:
-        w = _unprefixed(w)
-        values, w = _told_by(w), {'model.'+k:v for k,v in w.items()}
-    else: values = _constructed(info)
-    with torch.device('meta'): unet = SongUNet(_sizes(values))
+        w = _strip_prefix(w)
+        values, w = _infer_config_values(w), {'model.'+k:v for k,v in w.items()}
+    else: values = _constructor_values(info)
+    with torch.device('meta'): unet = SongUNet(_unet_config(values))
     net = PRECONDS[kind](unet, **({'sigma_data':float(values['sigma_data'])} if kind=='EDMPrecond' else {}))
-    w = _fitted(w, net.state_dict(), 'weights')
+    w = _check_shapes(w, net.state_dict(), 'weights')
     for k,v in w.items():
         if k.endswith('resample_filter') and (v!=0.25).any(): raise ValueError(f"{k} is not 0.25 everywhere; expected the filter [1, 1]")
     net.load_state_dict(w, assign=True)
@@ -348,7 +349,7 @@ def _assemble(w, info):
 RELEASED = 'edm-cifar10-32x32-cond-vp'   # NVIDIA's file, without its ending
 _ENDINGS = ('.pkl','.pt','.pth')
 
-def _called(net, path):
+def _default_name(net, path):
     same = type(net) is EDMPrecond and net.cfg==UNetConfig() and net.sigma_data==0.5
     return 'edm-cifar10-vp' if same else path.stem
 
@@ -363,20 +364,20 @@ def convert_checkpoint(
     for folder in made:
         if (folder/'model.safetensors').is_file(): return folder
     weights, info = read_checkpoint(path)
-    try: net = _assemble(weights, info)
+    try: net = _build_teacher(weights, info)
     except ValueError as e: raise ValueError(f"{path.name}: {e}") from None
-    folder = cache_dir()/'teachers'/info['sha256'][:16]/_called(net, path)
+    folder = cache_dir()/'teachers'/info['sha256'][:16]/_default_name(net, path)
     save_teacher(net, folder, json.loads(json.dumps({'source':path.name} | info), parse_constant=str), half=False)
     return folder
 
 # %% ../nbs/21_edm.ipynb #21a7f9ac
-TEACHERS = ('digits32','cifar10-small','cifar10-7m','edm-cifar10-vp')
+TEACHERS = ('digits32','cifar16','cifar10-small','cifar10-7m','edm-cifar10-vp')
 
 def _released():
     "The folder of NVIDIA's teacher: given, or made of its file."
     if (data_dir()/'edm-cifar10-vp').is_dir(): return data_dir()/'edm-cifar10-vp'
     found = [p for root in (data_dir(), cache_dir(), cache_dir()/'teachers') for end in _ENDINGS if (p := root/(RELEASED+end)).is_file()]
-    if not found: raise FileNotFoundError(f"teacher 'edm-cifar10-vp': no {RELEASED}.pkl in {data_dir()}; expected NVIDIA's file there (223 MB; `ditnano doctor` says how to get it)")
+    if not found: raise FileNotFoundError(f"teacher 'edm-cifar10-vp': no {RELEASED}.pkl in {data_dir()}; expected NVIDIA's file there (223 MB; `ditnano doctor` reports how to get it)")
     return convert_checkpoint(found[0])
 
 def teacher_folder(
@@ -393,7 +394,7 @@ def teacher_folder(
 
 # %% ../nbs/21_edm.ipynb #e7ea6a3a
 def load_teacher(
-    name, # 'digits32', 'cifar10-small', 'cifar10-7m', 'edm-cifar10-vp', a folder made by `save_teacher`, or a released .pkl
+    name, # 'digits32', 'cifar16', 'cifar10-small', 'cifar10-7m', 'edm-cifar10-vp', a folder made by `save_teacher`, or a released .pkl
 )->Precond: # In eval mode, frozen, float32; with `.name`, `.hash` (SHA-256 of the weights' file) and `.card`
     "A teacher, ready to sample."
     path = teacher_folder(name)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'Timing', 'measure', 'cpu_clocks', 'gpu_clocks', 'device_card', 'extrapolate', 'batch_step', 'time_sampling',
-           'Paired', 'paired', 'gemm_rate', 'copy_bandwidth', 'share_of_limit', 'in_turns', 'bench_sampling',
-           'bench_lines']
+           'PairedTiming', 'paired_timing', 'gemm_rate', 'copy_bandwidth', 'share_of_limit', 'interleaved',
+           'bench_sampling', 'bench_lines']
 
 # %% ../nbs/42_latency.ipynb #0e31786b
 import contextlib, copy, math, time, warnings
@@ -17,11 +17,11 @@ import torch
 
 from .repro import fingerprint, pick_device
 from .config import DiTConfig
-from .dit import DiT, randomise
+from .dit import DiT, randomize_weights
 from .principles import count_flops, count_params
 from .layers import set_attention
 from .edm import to_bytes
-from .sampling import BACKENDS, prepare, sample_inputs
+from .sampling import BACKENDS, build_sampler, sample_inputs
 
 # %% ../nbs/42_latency.ipynb #3e9cca94
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def batch_step(
 ): # A function without arguments that makes `batch` images, uint8 on the device
     "One batch of images, in all the steps that the model takes, from noise that is already there."
     device, guidance = pick_device(str(device)), 1 if guidance is None else guidance
-    make = prepare(set_attention(copy.deepcopy(model), attention), guidance, backend, precision, device)
+    make = build_sampler(set_attention(copy.deepcopy(model), attention), guidance, backend, precision, device)
     noise = sample_inputs(range(batch), model.cfg, device)
     return lambda: to_bytes(make(*noise))
 
 # %% ../nbs/42_latency.ipynb #52f4bb38
-def _ran(step, backend):
+def _run_once(step, backend):
     "Call once; the backend that ran."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
@@ -203,14 +203,14 @@ def time_sampling(
     if min(batch,images,batches)<1: raise ValueError(f"batch={batch}, images={images}, batches={batches}; expected 1 or more")
     device = pick_device(str(device or 'auto'))
     step = batch_step(model, batch, guidance, precision, backend, attention, device)
-    backend = _ran(step, backend)
+    backend = _run_once(step, backend)
     out = extrapolate(measure(step, batches, device, max_warmup=max_warmup, max_seconds=max_seconds), batch, images)
     card = device_card(device, precision, guidance, attention, backend, getattr(model.cfg, 'steps', 1), timed='forward, guidance, rounding on the device; noise and copy to the host excluded')
     return out | {'guidance':guidance, 'precision':precision, 'backend':backend, 'attention':attention, 'card':card}
 
 # %% ../nbs/42_latency.ipynb #58aa3218
 @dataclass(frozen=True)
-class Paired:
+class PairedTiming:
     "Two functions timed in turns."
     a:Timing      # Of the first
     b:Timing      # Of the second
@@ -233,7 +233,7 @@ class Paired:
     def to_dict(self)->dict: return {k:v.to_dict() if isinstance(v,Timing) else list(v) if isinstance(v,tuple) else v for k,v in vars(self).items()}
 
 # %% ../nbs/42_latency.ipynb #8b414cc9
-def paired(
+def paired_timing(
     fn_a,           # Called without arguments
     fn_b,           # Likewise
     rounds:int=10,  # Rounds of both
@@ -242,7 +242,7 @@ def paired(
     max_warmup:int=20, # Most warm-up calls of each
     max_seconds:float=10., # Warm-up of each stops after the call that passes this
     clock=time.perf_counter, # Seconds; replaced in tests
-)->Paired:
+)->PairedTiming:
     "Time two functions in turns; the ratio is taken within each round."
     if rounds<1: raise ValueError(f"paired: rounds={rounds}; expected 1 or more")
     device, items = pick_device(str(device)), tuple(items) if isinstance(items,(tuple,list)) else (items,items)
@@ -253,7 +253,7 @@ def paired(
     walls, gpus = ([[t[i] for t in side if t[i] is not None] for side in taken] for i in (0,1))
     ratios = (np.array(walls[0])/items[0])/(np.array(walls[1])/items[1])
     low, ratio, high = np.percentile(ratios, [25,50,75]).tolist()
-    return Paired(*(Timing.of(w,*s,g) for w,s,g in zip(walls,warm,gpus)), ratio, low, high, rounds, items)
+    return PairedTiming(*(Timing.of(w,*s,g) for w,s,g in zip(walls,warm,gpus)), ratio, low, high, rounds, items)
 
 # %% ../nbs/42_latency.ipynb #77c6c68d
 DTYPES = {'fp32':torch.float32, 'bf16':torch.bfloat16, 'fp16':torch.float16}
@@ -302,30 +302,30 @@ def share_of_limit(
     return {'limit_s':limit, 'bound':'arithmetic' if arithmetic>=memory else 'memory', 'share':limit/seconds, 'flops_per_s':flops/seconds}
 
 # %% ../nbs/42_latency.ipynb #f842cd16
-def in_turns(
+def interleaved(
     fns:dict,       # {name: function without arguments}
     rounds:int=5,   # Each calls every function once
     device='cpu',   # Where their work runs
     clock=time.perf_counter, # Seconds; replaced in tests
 )->dict: # {name: [seconds of each round]}
     "Time several functions in turns."
-    if rounds<1: raise ValueError(f"in_turns: rounds={rounds}; expected 1 or more")
+    if rounds<1: raise ValueError(f"interleaved: rounds={rounds}; expected 1 or more")
     device,taken = pick_device(str(device)),{k:[] for k in fns}
     for r in range(rounds):
         for k in (list(fns) if r%2==0 else reversed(list(fns))): taken[k].append(_timed(fns[k], device, clock)[0])
     return taken
 
 # %% ../nbs/42_latency.ipynb #89eceb5c
-def _known(backends, precisions):
+def _check_backends(backends, precisions):
     for what,given,known in (('backend',backends,BACKENDS), ('precision',precisions,DTYPES)):
         for g in given:
             if g not in known: raise ValueError(f"{what} {g!r}; expected some of {', '.join(known)}")
 
-def _sides(model, noise, guidance, backends, precisions, device):
+def _runnable_sides(model, noise, guidance, backends, precisions, device):
     "What can run here, by (back-end, precision), and the images of each; the plain module comes first."
     steps,images = {},{}
     for key in dict.fromkeys([('eager','fp32'), *((b,p) for b in backends for p in precisions)]):
-        try: step = prepare(model, guidance, *key, device if key[0] in ('eager','compiled') else None, len(noise[0]))
+        try: step = build_sampler(model, guidance, *key, device if key[0] in ('eager','compiled') else None, len(noise[0]))
         except (RuntimeError,ValueError) as e:
             if key==('eager','fp32'): raise
             print(f"left out: {key[0]} {key[1]} ({e})")
@@ -339,20 +339,20 @@ def _sides(model, noise, guidance, backends, precisions, device):
 def bench_sampling(
     designs,                          # DiTConfigs, of one step or several
     batch:int=128,                    # Images per call
-    backends=('eager','native','openvino'), # As for `prepare`
-    precisions=('fp32','bf16'),       # Likewise; what a back-end does not compute in is left out, with a line that says so
+    backends=('eager','native','openvino'), # As for `build_sampler`
+    precisions=('fp32','bf16'),       # Likewise; what a back-end does not compute in is skipped, and a line reports it
     guidance:float=1.,                # 1 is off
     rounds:int=7,                     # Rounds of all of them
     device='cpu',                     # Where the plain module runs
     clock=time.perf_counter,          # Seconds; replaced in tests
 )->list: # A dict per design, back-end and precision
     "Back-ends against the plain fp32 module, each round calling all: seconds, how many times as fast, and how far off."
-    _known(backends, precisions)
+    _check_backends(backends, precisions)
     rows,plain = [],('eager','fp32')
     for cfg in designs:
-        model = randomise(DiT(cfg), 1).to(pick_device(str(device))).eval()
-        steps,images = _sides(model, [a for a in sample_inputs(range(batch), cfg, 'cpu')[:2]], guidance, backends, precisions, device)
-        taken,want = in_turns(steps, rounds, device, clock),images[plain]
+        model = randomize_weights(DiT(cfg), 1).to(pick_device(str(device))).eval()
+        steps,images = _runnable_sides(model, [a for a in sample_inputs(range(batch), cfg, 'cpu')[:2]], guidance, backends, precisions, device)
+        taken,want = interleaved(steps, rounds, device, clock),images[plain]
         for key,seconds in taken.items():
             low,times,high = np.percentile(np.array(taken[plain])/np.array(seconds), [25,50,75]).tolist()
             off = images[key]-want

@@ -150,7 +150,7 @@ class LatencyLaw:
         c = depth if isinstance(depth, DiTConfig) else _config(depth, width, heads=heads)
         return sum(k*x for k,x in zip(self.coefficients, _terms(c.depth, c.width, c.heads)))
 
-    def left_out(self)->list: # Relative errors, one per row
+    def leave_one_out_errors(self)->list: # Relative errors, one per row
         "Error on each row when the law is fitted to the others."
         for i,r in enumerate(self.rows): _check_rows(self.rows[:i]+self.rows[i+1:], f"leaving out {r[:3]}: ")
         others = (LatencyLaw(_least_squares(self.rows[:i]+self.rows[i+1:]), ()) for i in range(len(self.rows)))
@@ -176,7 +176,7 @@ def fit_latency(
     return LatencyLaw(_least_squares(rows), rows)
 
 # %% ../nbs/10_principles.ipynb #de982363
-def _jetson_knows(c): return (c.tokens, c.mlp_ratio)==(256, 4)
+def _in_jetson_range(c): return (c.tokens, c.mlp_ratio)==(256, 4)
 
 @lru_cache(maxsize=1)
 def jetson_law()->LatencyLaw: # Fitted to the 12 distinct designs of Table 6, in seconds for 50,000 images
@@ -190,7 +190,7 @@ def jetson_latency(
 )->float: # Seconds for 50,000 images at batch 128
     "Latency on the paper's Jetson Orin Nano by a law with 1.5% mean error on unseen rows (Table 6)."
     c = depth if isinstance(depth, DiTConfig) else _config(depth, width, heads=heads)
-    if not _jetson_knows(c): raise ValueError(f"jetson_latency: {c.tokens} tokens and mlp_ratio {c.mlp_ratio}; the law knows 256 and 4.0 only")
+    if not _in_jetson_range(c): raise ValueError(f"jetson_latency: {c.tokens} tokens and mlp_ratio {c.mlp_ratio}; the law covers 256 and 4.0 only")
     return jetson_law()(c)
 
 # %% ../nbs/10_principles.ipynb #bcb3eac6
@@ -231,39 +231,39 @@ def _limits(**budgets):
     return given
 
 # %% ../nbs/10_principles.ipynb #cec94fed
-def _needs(limits, latency_from, folded, model):
+def _requirements(limits, latency_from, folded, model):
     "A function (depth, width) -> what that design needs, keyed like the limits."
     c = _config(1, 64, **model)
-    law = fit_latency(latency_from) if latency_from is not None else jetson_law() if _jetson_knows(c) else None
+    law = fit_latency(latency_from) if latency_from is not None else jetson_law() if _in_jetson_range(c) else None
     if law is None and 'max_latency' in limits:
-        raise ValueError(f"max_latency with {c.tokens} tokens and mlp_ratio {c.mlp_ratio}: the Jetson law knows 256 and 4.0; expected latency_from, your own rows")
+        raise ValueError(f"max_latency with {c.tokens} tokens and mlp_ratio {c.mlp_ratio}: the Jetson law covers 256 and 4.0; expected latency_from, your own rows")
     return lambda d,w: dict(max_params=count_params(d,w,folded=folded,**model), max_latency=law and law(d,w))
 
-def _say(need, limits): # "421,068 parameters and 198.7 s", of the budgets that it breaks
+def _describe_need(need, limits): # "421,068 parameters and 198.7 s", of the budgets that it breaks
     over = [k for k,v in limits.items() if need[k]>v]
     return ' and '.join(f"{need[k]:,} parameters" if k=='max_params' else f"{need[k]:,.1f} s" for k in over)
 
 def _name(d, w): return f"({d}, {w}, {heads(w)})"
 
 # %% ../nbs/10_principles.ipynb #d92131d5
-def _missed(d, w, widths, needs, limits):
+def _nearest_over_budget(d, w, widths, needs, limits):
     "The nearest better design just over the budget, in words."
     better = [(k,w) for k in range(d+1, depth(w)+1)]
     better += [(k,v) for v in widths if v>w for k in (depth(v)-1, depth(v)) if k>0]
     if not better: return f"; no width above {w} was considered"
     nearest = min(better, key=lambda b: max(needs(*b)[k]/v for k,v in limits.items()))
-    return f"; {_name(*nearest)} needs {_say(needs(*nearest), limits)}"
+    return f"; {_name(*nearest)} needs {_describe_need(needs(*nearest), limits)}"
 
-def _why(d, w, first):
+def _explain(d, w, first):
     rule = depth(w)
     place = f"depth {d} by the rule" if d==rule else f"depth {rule} by the rule, lowered to {d} by the budget"
     if (d,w)==first: return ('widest in budget: ' if rule-d<=1 else 'nearest to the rule: ')+place
     return place+(f"; narrower than {_name(*first)}" if rule-d<=1 else ", which makes it wide for its depth: poor FID in Table 2")
 
-def _nothing(widths, needs, limits):
+def _no_design_error(widths, needs, limits):
     short = {k:min(((1,w) for w in widths), key=lambda b: needs(*b)[k]) for k in limits}
     k = next(k for k in limits if needs(*short[k])[k]>limits[k] or len(limits)==1)
-    return f"{k}={limits[k]:,}: no design meets it; the smallest, {_name(*short[k])}, needs {_say(needs(*short[k]), {k:limits[k]})}"
+    return f"{k}={limits[k]:,}: no design meets it; the smallest, {_name(*short[k])}, needs {_describe_need(needs(*short[k]), {k:limits[k]})}"
 
 # %% ../nbs/10_principles.ipynb #1c24ae06
 def propose(
@@ -278,12 +278,12 @@ def propose(
     if 'heads' in model: raise ValueError("heads: the rule decides them; expected no such setting")
     limits, widths = _limits(max_params=max_params, max_latency=max_latency), sorted(set(widths))
     if not widths: raise ValueError("widths: none given; expected one or more")
-    needs = _needs(limits, latency_from, folded, model)
+    needs = _requirements(limits, latency_from, folded, model)
     fits = lambda d,w: all(needs(d,w)[k]<=v for k,v in limits.items())
     found = [(next((d for d in range(depth(w),0,-1) if fits(d,w)), 0), w) for w in widths]
     found = sorted((b for b in found if b[0]), key=lambda b: (max(depth(b[1])-b[0],1), -b[1]))
-    if not found: raise ValueError(_nothing(widths, needs, limits))
-    why = {b:_why(*b, found[0]) for b in found}
-    why[found[0]] += _missed(*found[0], widths, needs, limits)
+    if not found: raise ValueError(_no_design_error(widths, needs, limits))
+    why = {b:_explain(*b, found[0]) for b in found}
+    why[found[0]] += _nearest_over_budget(*found[0], widths, needs, limits)
     costs = {b:needs(*b) for b in found}
     return [Design(d, w, heads(w), costs[d,w]['max_params'], costs[d,w]['max_latency'], why[d,w]) for d,w in found]

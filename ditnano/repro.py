@@ -130,13 +130,13 @@ def figures_dir()->Path: # `DITNANO_FIGURES`, or `paper_figures` in the checkout
 def pick_device(
     name:str='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )->"torch.device":
-    "The device to run on; asking for one that is not here is an error."
+    "The device to run on; one that is not available is an error."
     import torch
     if name=='auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     kind = name.split(':')[0]
     here = {'cpu':True, 'cuda':torch.cuda.is_available(), 'mps':torch.backends.mps.is_available()}
     if kind not in here: raise ValueError(f"device {name!r}: expected auto, cpu, cuda or mps")
-    if not here[kind]: raise RuntimeError(f"device {name!r} is not here; cpu is")
+    if not here[kind]: raise RuntimeError(f"device {name!r} is not available; cpu is")
     return torch.device(name)
 
 # %% ../nbs/00_repro.ipynb #dc56e7a3

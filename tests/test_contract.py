@@ -28,17 +28,17 @@ def ditnano(*args, **kw):
 def small():
     "A student with random weights: a fresh one draws nothing but zeros, on which every check would pass."
     from ditnano.config import DiTConfig
-    from ditnano.dit import DiT, randomise
-    return randomise(DiT(DiTConfig(depth=2, width=32)), seed=3).eval()
+    from ditnano.dit import DiT, randomize_weights
+    return randomize_weights(DiT(DiTConfig(depth=2, width=32)), seed=3).eval()
 
 
 @pytest.fixture
 def teacher():
     from ditnano.config import UNetConfig
-    from ditnano.dit import randomise
+    from ditnano.dit import randomize_weights
     from ditnano.edm import EDMPrecond
     from ditnano.unet import SongUNet
-    return randomise(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1, dropout=0.))), seed=1).eval()
+    return randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1, dropout=0.))), seed=1).eval()
 
 
 # repro and config -------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_propose():
     with pytest.raises(ValueError, match='max_params'): propose(10)
 
 
-@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'runs', 'figures', 'mill'])
+@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'lab.runs', 'lab.figures', 'lab.notebooks'])
 def test_light_rooms_import_without_torch(room):
     done = run('-c', f"import sys, ditnano.{room}; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr or 'torch came along'
@@ -168,7 +168,7 @@ def reference_forward(s, x, t, y, depth, heads):
 @torch.no_grad()
 def test_forward_and_guidance(small):
     from ditnano.config import DiTConfig
-    from ditnano.dit import DiT, guided
+    from ditnano.dit import DiT, forward_with_cfg
     g = torch.Generator().manual_seed(0)
     x, t, y = torch.randn(3, 3, 32, 32, generator=g), torch.tensor([0., 1.5, 40.]), torch.tensor([0, 9, 10])
     out = small(x, t, y)
@@ -176,7 +176,7 @@ def test_forward_and_guidance(small):
     s = small.state_dict()
     torch.testing.assert_close(out, reference_forward(s, x, t, y, 2, 4), rtol=1e-4, atol=1e-4)
     null = reference_forward(s, x, t, torch.full((3,), 10), 2, 4)
-    torch.testing.assert_close(guided(small, x, t, y, 1.5), null + 1.5*(out-null), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(forward_with_cfg(small, x, t, y, 1.5), null + 1.5*(out-null), rtol=1e-3, atol=1e-3)
     assert DiT(DiTConfig(2, 32)).eval()(x, t, y).abs().max() == 0
 
 
@@ -191,10 +191,10 @@ def test_positions(small):
 @torch.no_grad()
 def test_null_class_follows_the_number_of_classes():
     from ditnano.config import DiTConfig
-    from ditnano.dit import DiT, guided, randomise
-    two = randomise(DiT(DiTConfig(1, 32, classes=2)), 0).eval()
+    from ditnano.dit import DiT, forward_with_cfg, randomize_weights
+    two = randomize_weights(DiT(DiTConfig(1, 32, classes=2)), 0).eval()
     x, t, y = torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([0, 1])
-    torch.testing.assert_close(guided(two, x, t, y, 0.), two(x, t, torch.tensor([2, 2])))
+    torch.testing.assert_close(forward_with_cfg(two, x, t, y, 0.), two(x, t, torch.tensor([2, 2])))
 
 
 @torch.no_grad()
@@ -285,11 +285,11 @@ def released(path, net, kwargs):
 def test_a_released_teacher_is_read_and_nothing_in_it_runs(tmp_path, monkeypatch):
     from ditnano.edm import read_checkpoint
     from ditnano.config import UNetConfig
-    from ditnano.dit import randomise
+    from ditnano.dit import randomize_weights
     from ditnano.edm import EDMPrecond
     from ditnano.unet import SongUNet
     monkeypatch.chdir(tmp_path)
-    net = randomise(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1))), seed=2)
+    net = randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1))), seed=2)
     released(tmp_path/'net.pkl', net, dict(model_channels=16))
     state, info = read_checkpoint(tmp_path/'net.pkl')
     assert list(state) == list(net.state_dict()) and all(torch.equal(v, net.state_dict()[k]) for k,v in state.items())
@@ -309,7 +309,7 @@ def test_the_papers_teacher_by_name():
     try: net = load_teacher('edm-cifar10-vp')
     except FileNotFoundError as e:
         assert '\n' not in str(e) and 'edm-cifar10-32x32-cond-vp.pkl' in str(e)
-        pytest.skip(f'the released teacher is not here: {e}')
+        pytest.skip(f'the released teacher is not available: {e}')
     assert sum(p.numel() for p in net.parameters()) == 55_735_299
 
 
@@ -318,11 +318,11 @@ def test_the_papers_teacher_by_name():
 @torch.no_grad()
 def test_get_model(tmp_path):
     from ditnano.config import GETConfig
-    from ditnano.dit import DiT, randomise
+    from ditnano.dit import DiT, randomize_weights
     from ditnano.get import GET
     assert sum(p.numel() for p in GET(GETConfig()).parameters()) == 8_565_772
     assert sum(p.numel() for p in GET(GETConfig(depth=7, width=192, heads=12)).parameters()) == 5_284_044
-    net = randomise(GET(GETConfig(depth=1, width=32, heads=4, eq_depth=2, eq_mlp_ratio=2.0)), seed=4)
+    net = randomize_weights(GET(GETConfig(depth=1, width=32, heads=4, eq_depth=2, eq_mlp_ratio=2.0)), seed=4)
     names = list(net.state_dict())
     assert names[:4] == ['pos_embed', 'x_embedder.proj.weight', 'x_embedder.proj.bias', 'y_embedder.embedding_table.weight'] and 'qkv_inj.weight' in names
     z, y = torch.randn(3, 3, 32, 32), torch.tensor([0, 4, 9])
@@ -354,7 +354,7 @@ def test_digits():
 def test_cifar10_where_it_is():
     from ditnano.images import load_images
     try: data = load_images('cifar10')
-    except FileNotFoundError as e: pytest.skip(f'CIFAR-10 is not here: {e}')
+    except FileNotFoundError as e: pytest.skip(f'CIFAR-10 is not available: {e}')
     assert data.images.shape == (50_000, 3, 32, 32) and torch.bincount(data.labels).tolist() == [5000]*10
 
 
@@ -376,18 +376,18 @@ def test_pairs(teacher, tmp_path):
 
 
 def test_pairs_as_get_publishes_them(tmp_path):
-    from ditnano.pairs import PairDataset, import_pairs
+    from ditnano.pairs import PairDataset, import_get_pairs
     g = torch.Generator().manual_seed(0)
     z, x, y = torch.randn(40, 3, 32, 32, generator=g), torch.rand(40, 3, 32, 32, generator=g)*2.2-1.1, torch.randint(10, (40,), generator=g)
     for folder in ('latent', 'image'): (tmp_path/'get'/folder).mkdir(parents=True)
     for name,part in (('000000019', slice(0, 20)), ('000000039', slice(20, 40))):
         torch.save([z[part].clone(), torch.eye(10)[y[part]]], tmp_path/'get'/'latent'/f'{name}.pkl')
         torch.save(x[part].clone(), tmp_path/'get'/'image'/f'{name}.pkl')
-    data = PairDataset(import_pairs(tmp_path/'get', tmp_path/'pairs', shard=16))
+    data = PairDataset(import_get_pairs(tmp_path/'get', tmp_path/'pairs', shard=16))
     noise, images, labels = data.batch(range(40))
     assert torch.equal(noise, z) and torch.equal(images, x) and torch.equal(labels, y)
     torch.save(x[:20].clone(), tmp_path/'get'/'image'/'000000099.pkl')
-    with pytest.raises(ValueError, match='000000099'): import_pairs(tmp_path/'get', tmp_path/'other')
+    with pytest.raises(ValueError, match='000000099'): import_get_pairs(tmp_path/'get', tmp_path/'other')
 
 
 # losses -----------------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_plain_losses():
 def test_perceptual_losses(name):
     from ditnano.losses import get_loss
     try: loss = get_loss(name)
-    except FileNotFoundError as e: pytest.skip(f'{name}: weights are not here: {e}')
+    except FileNotFoundError as e: pytest.skip(f'{name}: weights are not available: {e}')
     a = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))*2-1
     b = a.flip(-1).requires_grad_()
     assert float(loss(a, a)) == pytest.approx(0, abs=1e-6)
@@ -423,8 +423,8 @@ class Copying:
 
     def __init__(self):
         from ditnano.config import DiTConfig
-        from ditnano.dit import DiT, randomise
-        self.model = randomise(DiT(DiTConfig(1, 32)), seed=0)
+        from ditnano.dit import DiT, randomize_weights
+        self.model = randomize_weights(DiT(DiTConfig(1, 32)), seed=0)
         self.data = torch.randn(self.n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
     def batch(self, indices): return self.data[torch.as_tensor(indices)], torch.as_tensor(indices)%10
@@ -453,13 +453,13 @@ def test_two_and_two_steps_are_four(tmp_path):
 def test_every_recipe_teaches_a_plain_student(recipe, teacher, tmp_path):
     "Every weight learns, whoever stands beside stays as it was, and what is saved is a DiT."
     from ditnano.config import DiTConfig, TrainConfig
-    from ditnano.distill import make_recipe
-    from ditnano.dit import DiT, randomise
+    from ditnano.distill.recipes import make_recipe
+    from ditnano.dit import DiT, randomize_weights
     from ditnano.pairs import PairDataset, make_pairs
     from ditnano.train import fit
     cfg = DiTConfig(2, 32)
     pairs = PairDataset(make_pairs(teacher, range(8), tmp_path/'pairs', steps=3, name='stranger', device='cpu'))
-    beside = {'dmd':teacher.requires_grad_(False), 'ta':randomise(DiT(DiTConfig(3, 64)), seed=1)}.get(recipe)
+    beside = {'dmd':teacher.requires_grad_(False), 'ta':randomize_weights(DiT(DiTConfig(3, 64)), seed=1)}.get(recipe)
     before = {k:v.clone() for k,v in beside.state_dict().items()} if beside else {}
     options = {'ta':{'weights':(1,1,1)}, 'mi1':{'layers':(1,2)}}.get(recipe, {})
     task = make_recipe(recipe, cfg, pairs, 'L2', 0, beside, **options)
@@ -474,7 +474,7 @@ def test_every_recipe_teaches_a_plain_student(recipe, teacher, tmp_path):
 
 
 def test_run_folder(tmp_path):
-    from ditnano.runs import collect, run_once
+    from ditnano.lab.runs import collect, run_once
     calls = []
     def compute(folder):
         assert json.loads((folder/'config.json').read_text())['rows'] == 3   # the config is there before the work
@@ -491,7 +491,7 @@ def test_run_folder(tmp_path):
 # sampling ---------------------------------------------------------------------------------------------------------
 
 def test_sample(small):
-    from ditnano.dit import guided
+    from ditnano.dit import forward_with_cfg
     from ditnano.repro import noise_and_labels
     from ditnano.sampling import sample
     images = sample(small, range(6), guidance=1.5)
@@ -499,7 +499,7 @@ def test_sample(small):
     two = sample(small, [4, 5], guidance=1.5, batch=1)
     assert (images[4:].int()-two.int()).abs().max() <= 1
     noise, labels = noise_and_labels(range(6))
-    with torch.no_grad(): raw = guided(small, noise, torch.zeros(6), labels, 1.5)
+    with torch.no_grad(): raw = forward_with_cfg(small, noise, torch.zeros(6), labels, 1.5)
     assert (images.int()-(raw*127.5+128).clip(0, 255).to(torch.uint8).int()).abs().max() <= 1
     chosen = sample(small, range(6), labels=[3]*6)
     assert not torch.equal(chosen, images)
@@ -509,10 +509,10 @@ def test_sample(small):
 def test_students_of_several_steps():
     "Against a loop written down from the formulas; and one picture does not depend on its neighbours."
     from ditnano.config import DiTConfig
-    from ditnano.dit import DiT, randomise
+    from ditnano.dit import DiT, randomize_weights
     from ditnano.repro import noise_and_labels
     from ditnano.sampling import fold, generate, sample
-    net = randomise(DiT(DiTConfig(2, 32, steps=2)), seed=3).eval()
+    net = randomize_weights(DiT(DiTConfig(2, 32, steps=2)), seed=3).eval()
     z, y = noise_and_labels(range(4))
     alpha = lambda t: 1/(1+((0.02**(1/7)+t*(80**(1/7)-0.02**(1/7)))**7)**2)
     first = net(z, torch.zeros(4), y)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ditnano.config import DESIGNS, DiTConfig
-from ditnano.csource import PRECISIONS, TARGETS, CStudent, build, compare, read_picture, weights_file, write_source
-from ditnano.dit import DiT, randomise
+from ditnano.deploy.csource import PRECISIONS, TARGETS, CStudent, build, compare, read_picture, weights_file, write_source
+from ditnano.deploy.folding import OneStep
+from ditnano.deploy.native import Native, c_source, compiler, design_header, library
+from ditnano.dit import DiT, randomize_weights
 from ditnano.edm import to_bytes
-from ditnano.folding import OneStep
-from ditnano.native import Native, c_source, compiler, design_header, library
 from ditnano.repro import noise_and_labels
 
 HAS_ZIG = importlib.util.find_spec('ziglang') is not None
@@ -24,7 +24,7 @@ ODD = [DiTConfig(1,36,4,image_size=16), DiTConfig(1,20,4,patch=4), DiTConfig(2,4
        DiTConfig(1,16,1,image_size=20,label_dropout=0.)]
 
 
-def student(cfg, seed=1): return randomise(DiT(cfg), seed).eval()
+def student(cfg, seed=1): return randomize_weights(DiT(cfg), seed).eval()
 
 
 def shape(cfg): return cfg.channels, cfg.image_size, cfg.image_size
@@ -320,7 +320,7 @@ def test_other_processors(target, tmp_path):
 @needs_zig
 def test_native_without_a_system_compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name, *a, **k: None)
-    monkeypatch.setattr('ditnano.native.compiler', lambda: compiler(lambda name: None))
+    monkeypatch.setattr('ditnano.deploy.native.compiler', lambda: compiler(lambda name: None))
     monkeypatch.setenv('DITNANO_CACHE', str(tmp_path))
     model = student(SMALL)
     x,y = noise_and_labels(range(3), shape(SMALL), SMALL.classes)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ditnano.runs import read_result, record_hash, run_key
+from ditnano.lab.runs import read_result, record_hash, run_key
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT/'paper_figures'
@@ -53,7 +53,7 @@ def tables(): return sorted(p.stem for p in MADE if p.suffix=='.csv')
 @committed
 @pytest.mark.parametrize('name', tables())
 def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
-    from ditnano.mill import run_notebook
+    from ditnano.lab.notebooks import run_notebook
     notebook = ROOT/'nbs'/'paper'/f'{name}.ipynb'
     out, runs = tmp_path/'figures', tmp_path/'runs'
     shutil.copytree(EVIDENCE, out/'evidence', ignore=shutil.ignore_patterns('*.png', 'history.jsonl', 'drawn'))
@@ -65,7 +65,7 @@ def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
 def test_a_committed_run_comes_out_the_same_again(tmp_path):
     "The shortest of the smoke runs, trained and judged anew; on another kind of device the tolerance does not hold, so the test is skipped there."
     from ditnano.repro import fingerprint
-    from ditnano.sweep import verify
+    from ditnano.lab.sweep import verify
     runs = [EVIDENCE/p.parent.name for p in EVIDENCE.glob('distill-*/result.json') if read_result(p.parent)['scale']=='smoke']
     if not runs: pytest.skip('no smoke run is committed')
     plain = [r for r in runs if read_result(r)['config']['recipe']=='get' and read_result(r)['config']['student'].get('depth')==5]

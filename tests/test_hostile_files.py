@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ditnano.checkpoint import read_checkpoint
+from ditnano.interop.checkpoint import read_checkpoint
 
 MAGIC = 0x1950a86a20f9469cfc6c   # of torch.save's old format
 SOURCE = "open('canary','w').write('was run')"

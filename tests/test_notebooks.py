@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 LIMIT = 480  # seconds for one notebook; library chapters are meant to take 20, experiments 60
 
-# Runs one notebook in nbdev's shell: cells flagged slow or cuda are left out, a failing cell is printed with its traceback.
+# Runs one notebook in nbdev's shell: cells flagged slow or cuda are skipped, a failing cell is printed with its traceback.
 CHILD = """
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ sys.exit(0 if ok else 1)
 
 def order(path):
     "Experiments first, since they take longest; drawing notebooks last, after the runs that they draw."
-    folders = ['experiments', 'tutorials', '.', 'paper']
+    folders = ['experiments', 'tutorials', '.', 'distill', 'interop', 'deploy', 'lab', 'paper']
     folder = path.relative_to(NBS).parent.as_posix()
     return folders.index(folder) if folder in folders else len(folders), path.name
 

@@ -10,14 +10,14 @@ PROGRAM = textwrap.dedent('''
     import json, os, sys, time
     import torch
     from ditnano.config import DiTConfig, GETConfig, TrainConfig
-    from ditnano.distill import make_recipe
-    from ditnano.dit import DiT, randomise
+    from ditnano.distill.recipes import make_recipe
+    from ditnano.dit import DiT, randomize_weights
     from ditnano.pairs import PairDataset, ensure_pairs
     from ditnano.train import fit
     torch.set_num_threads(1)
     name, folder, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
     pairs = PairDataset(ensure_pairs('digits32', 480), limit=8)
-    beside = {'dmd':'digits32', 'ta':randomise(DiT(DiTConfig(2, 32)), seed=1)}.get(name)
+    beside = {'dmd':'digits32', 'ta':randomize_weights(DiT(DiTConfig(2, 32)), seed=1)}.get(name)
     options = {'ta':{'weights':(1,1,1)}, 'mi1':{'layers':(1,2)}}.get(name, {})
     student = GETConfig(1, 32, 4, 1, 2.) if name=='get-model' else DiTConfig(2, 32)
     task = make_recipe(name, student, pairs, 'L2', 0, beside, **options)
@@ -68,14 +68,14 @@ RUN = textwrap.dedent('''
     import sys
     import torch
     from pathlib import Path
-    from ditnano import sweep
+    from ditnano.lab import sweep
     from ditnano.config import Scale
-    from ditnano.experiments import distill_config
-    from ditnano.runs import Run
+    from ditnano.lab.experiments import distill_config
+    from ditnano.lab.runs import Run
     torch.set_num_threads(1)
     tiny = Scale(name='tiny', pairs=32, images=16*40, batch=16, lr=1e-2, samples=24, blocks=2, references=('train','test'), loss='L2', precision='fp32')
     config, root, only = distill_config(tiny, (2,32,4)), sys.argv[1], sys.argv[2]=='train'
-    sweep.PART = 10                                            # three parts a block, so that both processes have some
+    sweep.SHARD_SIZE = 10                                            # three parts a block, so that both processes have some
     run = Run(root, 'distill', config)
     if only: sweep._student(config, run.folder, root, 'tiny', 'cpu', None, float('inf'))
     else:
@@ -113,25 +113,25 @@ def test_two_processes_are_one_run(tmp_path):
 
 def test_local_processes_stop_in_time(tmp_path):
     "Two long runs at once, and one that has to wait: nothing runs on after the limit, and the long ones have checkpoints."
-    from ditnano import sweep
+    from ditnano.lab import sweep
     from ditnano.config import Scale
-    from ditnano.experiments import distill_config
-    from ditnano.runs import Run
+    from ditnano.lab.experiments import distill_config
+    from ditnano.lab.runs import Run
     scale = Scale(name='tiny', pairs=32, images=16*100_000, batch=16, samples=24, loss='L2')
     configs, lines, begin = [distill_config(scale, (1, 32, h)) for h in (1, 2, 4)], [], time.monotonic()
     assert sweep.sweep(configs, tmp_path, 'tiny', 'local', workers=2, minutes=0.3, device='cpu', log=lines.append) == []
     assert 15 <= time.monotonic()-begin < 60
     there = [(Run(tmp_path, 'distill', c).folder/'state.safetensors').is_file() for c in configs]
     assert there == [True, True, False]
-    assert [line.split(' L2 ')[-1] for line in lines] == ['stopped at 0%, goes on next time']*2+['time is up: 3 runs left for next time']
+    assert [line.split(' L2 ')[-1] for line in lines] == ['stopped at 0%, resumes at the next call']*2+['time is up: 3 runs left for the next call']
 
 
 def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     "A run held by a machine that is gone: the sweep says so, and ends."
-    from ditnano import sweep
+    from ditnano.lab import sweep
     from ditnano.config import Scale
-    from ditnano.experiments import distill_config
-    from ditnano.runs import Run
+    from ditnano.lab.experiments import distill_config
+    from ditnano.lab.runs import Run
     config, lines = distill_config(Scale(name='tiny', pairs=32, images=64, batch=16, samples=24, loss='L2'), (1, 32, 4)), []
     folder = Run(tmp_path, 'distill', config).folder
     folder.mkdir(parents=True)
@@ -140,4 +140,4 @@ def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     assert sweep.sweep([config], tmp_path, 'tiny', 'local', minutes=0.5, device='cpu', log=lines.append) == []
     assert time.monotonic()-begin < 50
     assert lines[0].startswith('1 of 1: DiT (1, 32, 4) L2 another process has it') and 'process 1 on a-machine-that-is-gone' in lines[0]
-    assert lines[1:] == ['time is up: 1 run left for next time']
+    assert lines[1:] == ['time is up: 1 run left for the next call']

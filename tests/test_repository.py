@@ -40,10 +40,17 @@ def test_papermill_tags_survive_cleaning():
 
 
 def test_import_needs_no_development_tools():
-    names = sorted(p.stem for p in (ROOT/'ditnano').glob('*.py') if not p.stem.startswith('_'))
+    files = [p.relative_to(ROOT/'ditnano').with_suffix('') for p in (ROOT/'ditnano').rglob('*.py') if not p.stem.startswith('_')]
+    names = sorted('.'.join(p.parts) for p in files)
     block = "import sys\nfor m in ('nbdev','fastcore','execnb','IPython','papermill','pytest'): sys.modules[m] = None\n"
     done = subprocess.run([sys.executable, '-c', block + '\n'.join(f'import ditnano.{n}' for n in names)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_folder_of_modules_is_packaged():
+    setuptools = pytest.importorskip('setuptools')
+    folders = {'.'.join(p.parent.relative_to(ROOT).parts) for p in (ROOT/'ditnano').rglob('*.py')}
+    assert len(folders) > 4 and folders == set(setuptools.find_packages(ROOT, include=['ditnano', 'ditnano.*']))
 
 
 def test_setup_needs_setuptools_alone():

@@ -1,0 +1,1 @@
+"Files and weights of other projects, read and written."

@@ -1,0 +1,1 @@
+"Experiments, their records, their tables and figures, and what is shipped."
