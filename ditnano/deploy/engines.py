@@ -18,7 +18,7 @@ from .native import Native, compiler
 
 # %% ../../nbs/deploy/03_engines.ipynb #a7e4d984
 REQUIRES = {'native':(), 'openvino':('openvino',), 'onnxruntime':('onnx','onnxruntime'), 'tensorrt':('tensorrt','onnx')}
-INSTALL = {'native':'needs a C compiler (apt install gcc)', 'openvino':'pip install openvino', 'onnxruntime':'pip install onnx onnxruntime',
+INSTALL = {'native':'needs a C compiler (apt install gcc, or pip install ziglang)', 'openvino':'pip install openvino', 'onnxruntime':'pip install onnx onnxruntime',
            'tensorrt':'comes with JetPack on a Jetson (then pip install onnx); pip install tensorrt onnx on a PC with an NVIDIA GPU'}
 SUPPORTED_PRECISIONS = {'native':('fp32','bf16'), 'openvino':('fp32','bf16','fp16'), 'onnxruntime':('fp32',), 'tensorrt':('fp32','fp16')}
 

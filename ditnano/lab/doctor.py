@@ -71,6 +71,7 @@ def _tools():
     for name,(needed,get) in LIBRARIES.items(): yield Finding(name, importlib.util.find_spec(name) is not None, 'python package', needed, get)
     for language,names,needed in (('C',('cc','gcc','clang'),"backend='native', the fastest on a CPU"), ('C++',('g++','clang++','c++'),'torch.compile on the CPU')):
         found = next(filter(None, map(shutil.which, names)), None)
+        if language=='C' and not found and importlib.util.find_spec('ziglang'): found = 'ziglang'
         yield Finding(f'{language} compiler', found is not None, found or 'PATH', needed, f"apt install {'gcc' if language=='C' else 'g++'}")
     gpu = shutil.which('nvidia-smi')
     yield Finding('NVIDIA driver', bool(gpu), gpu or 'PATH', 'training at scale gpu', 'a machine with an NVIDIA GPU')
