@@ -306,7 +306,7 @@ def test_other_processors(target, tmp_path):
     program = build(tmp_path, target)
     kind = program.read_bytes()[:20]
     magic = {'aarch64-linux':b'\x7fELF', 'armv7-linux':b'\x7fELF', 'x86_64-windows':b'MZ',
-             'aarch64-macos':b'\xcf\xfa\xed\xfe', 'wasm32-wasi':b'\0asm'}
+             'aarch64-macos':b'\xcf\xfa\xed\xfe', 'wasm32-wasi':b'\0asm', 'wasm32-web':b'\0asm'}
     assert kind.startswith(magic[target])
     (tmp_path/'wasi.mjs').write_text(WASI)
     runners = {'aarch64-linux':['qemu-aarch64'], 'armv7-linux':['qemu-arm'],
@@ -315,6 +315,41 @@ def test_other_processors(target, tmp_path):
     if not runner: return
     if not shutil.which(runner[0]): pytest.skip(f'{runner[0]} is not installed: built, not run')
     assert grey_levels(drawn([*runner, program], tmp_path, SMALL, '0-99'), images(student(SMALL), range(100)))<=1
+
+
+WEB = '''import { readFile, writeFile } from 'node:fs/promises';
+const module = await WebAssembly.compile(await readFile(process.argv[2]));
+if (WebAssembly.Module.imports(module).length) throw new Error('imports');
+const student = (await WebAssembly.instantiate(module, {})).exports;
+const bytes = (at, n) => new Uint8Array(student.memory.buffer, at, n);
+if (student.draw(0, -1, 1) !== 2) throw new Error('drew before it was open');
+const file = await readFile('student.bin');
+const weights = bytes(student.weights(), student.weights_bytes());
+weights.set(file);
+weights[500] ^= 1;
+if (student.open() !== 6) throw new Error('opened altered weights');
+weights.set(file);
+if (student.open() || student.draw(0, 99, 1) !== 8) throw new Error('open, or a label that does not exist');
+const images = [];
+for (let seed = 0; seed < 20; seed++) {
+  if (student.draw(seed, -1, student.default_guidance())) throw new Error('draw');
+  images.push(Buffer.from(bytes(student.pixels(), student.pixels_bytes())));
+}
+await writeFile('x.bin', Buffer.concat(images));
+'''
+
+
+@needs_zig
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('node'), reason='node is not installed')
+def test_module_for_a_web_page(tmp_path):
+    write_source(student(SMALL), tmp_path)
+    program = build(tmp_path, 'wasm32-web')
+    (tmp_path/'web.mjs').write_text(WEB)
+    done = run(['node', 'web.mjs', program], tmp_path)
+    assert done.returncode==0, done.stderr
+    pixels = np.fromfile(tmp_path/'x.bin', np.uint8).reshape(20, 16, 16, 3).transpose(0,3,1,2)
+    assert grey_levels(torch.from_numpy(pixels.copy()), images(student(SMALL), range(20)))<=1
 
 
 @needs_zig

@@ -56,8 +56,8 @@ def weights_file(
     head = struct.pack('<8s10IQ8x', b'DITNANO', 1, *_design_numbers(model.cfg, precision), len(payload))
     return head + hashlib.sha256(head+payload).digest() + payload
 
-# %% ../../nbs/deploy/06_csource.ipynb #4e8c3f98
-SOURCES = ('student.h','student.c','onestep.h','onestep.c','main.c','Makefile','CMakeLists.txt')
+# %% ../../nbs/deploy/06_csource.ipynb #3f279fbc
+SOURCES = ('student.h','student.c','onestep.h','onestep.c','main.c','wasm.c','Makefile','CMakeLists.txt')
 
 README = '''A one-step diffusion transformer as C11: depth {depth}, width {width}, {size}x{size} pixels, {classes} classes.
 
@@ -96,11 +96,12 @@ def write_source(
     (folder/'student.bin').write_bytes(data)
     if array: (folder/'student_array.c').write_text(_c_array(data))
 
-# %% ../../nbs/deploy/06_csource.ipynb #8fd6ea05
+# %% ../../nbs/deploy/06_csource.ipynb #7a69a77f
 TARGETS = {'aarch64-linux':('-target','aarch64-linux-musl'), 'armv7-linux':('-target','arm-linux-musleabihf','-mcpu=cortex_a7'),
            'x86_64-windows':('-target','x86_64-windows-gnu','-mcpu=x86_64_v3'), 'aarch64-macos':('-target','aarch64-macos'),
-           'wasm32-wasi':('-target','wasm32-wasi','-mcpu=generic+simd128')}
-SUFFIXES = {'x86_64-windows':'.exe', 'wasm32-wasi':'.wasm'}
+           'wasm32-wasi':('-target','wasm32-wasi','-mcpu=generic+simd128'),
+           'wasm32-web':('-target','wasm32-wasi','-mcpu=generic+simd128','-DSTUDENT_NO_FILES','-mexec-model=reactor')}
+SUFFIXES = {'x86_64-windows':'.exe', 'wasm32-wasi':'.wasm', 'wasm32-web':'.wasm'}
 C_FLAGS = ('-std=c11', '-O3', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast')
 
 def _built(command, out):
@@ -125,7 +126,8 @@ def build(
     out.parent.mkdir(parents=True, exist_ok=True)
     arch = TARGETS.get(target, ('-march=native',))
     strip = ('-s',) if cc==ZIG else ()
-    return _built([*cc, *C_FLAGS, *arch, *strip, *flags, *(folder/n for n in SOURCES if n.endswith('.c')), '-o', out, '-lm'], out)
+    sources = [folder/n for n in ('wasm.c' if target=='wasm32-web' else 'main.c', 'student.c', 'onestep.c')]
+    return _built([*cc, *C_FLAGS, *arch, *strip, *flags, *sources, '-o', out, '-lm'], out)
 
 # %% ../../nbs/deploy/06_csource.ipynb #2e880387
 def _elf_code(data):

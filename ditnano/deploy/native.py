@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .folding import OneStep
 from ..repro import atomic, cache_dir, content_hash, file_hash
 
-# %% ../../nbs/deploy/02_native.ipynb #b4138e2a
+# %% ../../nbs/deploy/02_native.ipynb #47913841
 def c_source(
     name:str, # 'onestep.c', 'student.c', ...
 )->Path:      # In `deploy/csrc` of the package
@@ -49,7 +49,7 @@ def design_header(
               'PATCH':cfg.patch, 'CHANNELS':cfg.channels, 'CLASSES':cfg.classes, 'NULL_LABEL':null,
               'HEAD_MAX':max(sizes), 'HEAD_SIZES':f"{{{', '.join(map(str, sizes))}}}",
               'HEAD_CASES(X)':' '.join(f'X({s})' for s in sorted(set(sizes))),
-              'GUIDANCE':f'{guidance:g}', 'FORMAT':FORMATS[format]}
+              'GUIDANCE':f'{float(guidance)!r}f', 'FORMAT':FORMATS[format]}
     if bf16: values |= {'BF16':1, 'AMX':int(amx)}
     lines = [f'#define STUDENT_{k} {v}' for k,v in values.items()]
     return '\n'.join(['/* The design of one student, written by ditnano. */', *lines, ''])
@@ -77,7 +77,7 @@ def run_compiler(
     env = os.environ | {'ZIG_GLOBAL_CACHE_DIR':os.environ.get('ZIG_GLOBAL_CACHE_DIR', str(cache_dir()/'zig'))}
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, **how)
 
-# %% ../../nbs/deploy/02_native.ipynb #f1e390a5
+# %% ../../nbs/deploy/02_native.ipynb #475bb38f
 def _processor():
     "What of the processor decides compiled code."
     try: lines = [l for l in open('/proc/cpuinfo') if l.startswith(('flags','Features','model name'))][:2]
