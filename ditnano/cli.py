@@ -226,7 +226,7 @@ def export(
     out:Optional[Path]=None,     # File to write; default the student's name
     bundle:Optional[Path]=None,  # Instead: a folder to copy to a device, with graphs, runner and inputs
     jetpack5:bool=False,         # With --bundle: graphs for TensorRT 8.5 too
-    target:str='',               # For c: also build for host, aarch64-linux, armv7-linux, x86_64-windows, aarch64-macos, wasm32-wasi
+    target:str='',               # For c: build for host, aarch64-linux, armv7-linux, x86_64-windows, ..., or several
     array:bool=False,            # For c: also the weights as a C array
     quality:int=0,               # Judge the file's images beside the student's, so many
     extractor:str='digitsnet',       # By this extractor

@@ -24,7 +24,8 @@ PRECISIONS = ('fp32','fp16','int8')
 
 def _half(a):
     "Float16, if it can hold the numbers."
-    if not (a.abs()<65504).all(): raise ValueError("precision fp16: a weight is too large for float16; expected fp32")
+    if not (a.abs()<65504).all():
+        raise ValueError("precision fp16, int8: a number is too large for float16; expected fp32")
     return a.half()
 
 def _stored_linear(w, bias, precision):
@@ -40,14 +41,16 @@ def _design_numbers(cfg, precision):
     heads = 0
     for h in cfg.heads_per_layer: heads = (heads*31+cfg.width//h)%2**32
     labels = cfg.classes+(cfg.label_dropout>0)
-    return (FORMATS[precision], cfg.depth, cfg.width, int(cfg.width*cfg.mlp_ratio), cfg.image_size, cfg.patch, cfg.channels, labels, heads)
+    sizes = cfg.depth,cfg.width,int(cfg.width*cfg.mlp_ratio),cfg.image_size,cfg.patch,cfg.channels
+    return FORMATS[precision],*sizes,labels,heads
 
 def weights_file(
     model,                # A DiT of one step, or a FoldedDiT
     precision:str='fp32', # Of the stored matrices: 'fp32', 'fp16' or 'int8'
 )->bytes:
     "A student's weights as the C opens them: a header with design and SHA-256, then the tensors."
-    if precision not in PRECISIONS: raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     tensors = []
     for first,*bias in network_parts(OneStep(model, 1.).cpu().float()):
         if bias: tensors += _stored_linear(first, bias[0], precision)
@@ -59,7 +62,8 @@ def weights_file(
 # %% ../../nbs/deploy/06_csource.ipynb #3f279fbc
 SOURCES = ('student.h','student.c','onestep.h','onestep.c','main.c','wasm.c','Makefile','CMakeLists.txt')
 
-README = '''A one-step diffusion transformer as C11: depth {depth}, width {width}, {size}x{size} pixels, {classes} classes.
+README = '''A one-step diffusion transformer as C11.
+Depth {depth}, width {width}, {size}x{size} pixels, {classes} classes.
 
   make                                     builds ./student for this machine (or: cmake -B build && cmake --build build)
   ./student --seeds 7 --label 3            writes image.png
@@ -73,6 +77,7 @@ in bfloat16. -DSTUDENT_NO_FILES leaves out the functions that need files and mal
 Another machine, with the package ziglang: make CC="python -m ziglang cc" ARCH="-target aarch64-linux-musl"
 '''
 
+# %% ../../nbs/deploy/06_csource.ipynb #9b3527c3
 def _c_array(data):
     rows = [','.join(map(str, data[i:i+32])) for i in range(0, len(data), 32)]
     return '\n'.join(['_Alignas(64) const unsigned char student_array[] = {', ',\n'.join(rows), '};', ''])
@@ -87,23 +92,28 @@ def write_source(
     "C source, build files and weights of a student."
     cfg,folder = model.cfg,Path(folder)
     if cfg.channels not in (1,3): raise ValueError(f"channels={cfg.channels}: expected 1 or 3, as a picture has")
-    if cfg.channels*cfg.image_size**2<16: raise ValueError(f"image_size={cfg.image_size}: expected 16 numbers or more in an image")
+    if cfg.channels*cfg.image_size**2<16:
+        raise ValueError(f"image_size={cfg.image_size}: expected 16 numbers or more in an image")
     OneStep(model, guidance)                                          # refuses what it cannot be given
     data = weights_file(model, precision)
     for name in SOURCES: (folder/name).write_text(c_source(name).read_text())
     (folder/'design.h').write_text(design_header(cfg, precision, guidance=guidance))
-    (folder/'README.txt').write_text(README.format(depth=cfg.depth, width=cfg.width, size=cfg.image_size, classes=cfg.classes))
+    readme = README.format(depth=cfg.depth, width=cfg.width, size=cfg.image_size, classes=cfg.classes)
+    (folder/'README.txt').write_text(readme)
     (folder/'student.bin').write_bytes(data)
     if array: (folder/'student_array.c').write_text(_c_array(data))
 
 # %% ../../nbs/deploy/06_csource.ipynb #7a69a77f
-TARGETS = {'aarch64-linux':('-target','aarch64-linux-musl'), 'armv7-linux':('-target','arm-linux-musleabihf','-mcpu=cortex_a7'),
-           'x86_64-windows':('-target','x86_64-windows-gnu','-mcpu=x86_64_v3'), 'aarch64-macos':('-target','aarch64-macos'),
+TARGETS = {'aarch64-linux':('-target','aarch64-linux-musl'),
+           'armv7-linux':('-target','arm-linux-musleabihf','-mcpu=cortex_a7'),
+           'x86_64-windows':('-target','x86_64-windows-gnu','-mcpu=x86_64_v3'),
+           'aarch64-macos':('-target','aarch64-macos'),
            'wasm32-wasi':('-target','wasm32-wasi','-mcpu=generic+simd128'),
            'wasm32-web':('-target','wasm32-wasi','-mcpu=generic+simd128','-DSTUDENT_NO_FILES','-mexec-model=reactor')}
 SUFFIXES = {'x86_64-windows':'.exe', 'wasm32-wasi':'.wasm', 'wasm32-web':'.wasm'}
 C_FLAGS = ('-std=c11', '-O3', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast')
 
+# %% ../../nbs/deploy/06_csource.ipynb #0a8d94ff
 def _built(command, out):
     done = run_compiler(command)
     if done.returncode:
@@ -118,7 +128,8 @@ def build(
     flags=(),           # More for the compiler
 )->Path: # The program
     "Compile a student's folder."
-    if target!='host' and target not in TARGETS: raise ValueError(f"target {target!r}; expected host or one of {', '.join(TARGETS)}")
+    if target!='host' and target not in TARGETS:
+        raise ValueError(f"target {target!r}; expected host or one of {', '.join(TARGETS)}")
     cc = compiler() if target=='host' else compiler(lambda name: None)
     if not cc: raise RuntimeError(f"target {target}: no C compiler installed; pip install 'ditnano[cross]'")
     folder = Path(folder)
@@ -146,7 +157,8 @@ def _elf_code(data):
 def _shared_library(folder, flags):
     "Bytes of code and the library, compiled for this machine."
     cc,sources = compiler(),[folder/'student.c',folder/'onestep.c']
-    if not cc: raise RuntimeError("student.c: no C compiler installed; apt install gcc, or pip install 'ditnano[cross]'")
+    if not cc:
+        raise RuntimeError("student.c: no C compiler installed; apt install gcc, or pip install 'ditnano[cross]'")
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp)/'student.so'
         data = _built([*cc, *C_FLAGS, *flags, '-shared', '-fPIC', *sources, '-o', out, '-lm'], out).read_bytes()
@@ -187,7 +199,8 @@ class CStudent:
 
     def pixels(self, seed, shape, label=-1, guidance=1.5):
         "The same as bytes, (C, R, R) uint8."
-        return self._draw(self.c.student_draw, seed, label, guidance, np.empty((*shape[1:],shape[0]), np.uint8)).transpose(2,0,1)
+        pixels = np.empty((*shape[1:],shape[0]), np.uint8)
+        return self._draw(self.c.student_draw, seed, label, guidance, pixels).transpose(2,0,1)
 
 # %% ../../nbs/deploy/06_csource.ipynb #aed7af82
 def read_picture(
@@ -197,7 +210,8 @@ def read_picture(
     "The images of a file that the C program wrote, which stand one below the other."
     from PIL import Image
     a = np.array(Image.open(path))
-    return torch.from_numpy(a.reshape(-1, size, size, a.shape[2] if a.ndim==3 else 1).transpose(0,3,1,2).copy())
+    a = a.reshape(-1, size, size, a.shape[2] if a.ndim==3 else 1)
+    return torch.from_numpy(a.transpose(0,3,1,2).copy())
 
 # %% ../../nbs/deploy/06_csource.ipynb #69b30e23
 def compare(
@@ -215,4 +229,5 @@ def compare(
     grey = (to_bytes(got).int()-to_bytes(want).int()).abs()
     return {'error':float((got-want).norm()/want.norm()), 'largest':float((got-want).abs().max()),
             'grey_levels':int(grey.max()), 'changed':int((grey>0).sum()),
-            'of':grey.numel(), 'code_bytes':c.code_bytes, 'weights_bytes':len(c.weights), 'scratch_bytes':c.memory_bytes}
+            'of':grey.numel(), 'code_bytes':c.code_bytes,
+            'weights_bytes':len(c.weights), 'scratch_bytes':c.memory_bytes}

@@ -241,10 +241,13 @@ def _checked_c(folder, model, precision, guidance):
         print("not compared: no C compiler installed: pip install 'ditnano[cross]'")
         return {}
     found = compare(folder, model, guidance)
-    if not found['error']<=MAX_RELATIVE_ERROR[precision]: raise ValueError(f"{precision}: relative error {found['error']:.1e}, more than {MAX_RELATIVE_ERROR[precision]:g}; nothing written")
+    if not found['error']<=MAX_RELATIVE_ERROR[precision]:
+        limit = f"more than {MAX_RELATIVE_ERROR[precision]:g}; nothing written"
+        raise ValueError(f"{precision}: relative error {found['error']:.1e}, {limit}")
     apart = f"{found['changed']} of {found['of']} bytes differ, by {found['grey_levels']} grey levels at most"
     print(f"{precision}: relative error {found['error']:.1e}; {apart}")
-    print(', '.join(f"{k} {found[f'{k}_bytes']/1000:,.1f} kB" for k in ('code','weights','scratch') if found[f'{k}_bytes']))
+    sizes = {k:found[f'{k}_bytes'] for k in ('code','weights','scratch')}
+    print(', '.join(f'{k} {n/1000:,.1f} kB' for k,n in sizes.items() if n))
     return found
 
 # %% ../../nbs/deploy/07_export.ipynb #29ab4bf1

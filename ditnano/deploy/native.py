@@ -159,14 +159,17 @@ def network_parts(
     "The tensors of the network."
     s,cfg = one.student,one.cfg
     linear = s.final_layer.linear
-    kept = [v.detach().reshape(cfg.patch**2, -1, *v.shape[1:])[:,:cfg.channels].flatten(0,1) for v in (linear.weight, linear.bias)]
+    def kept(v): return v.detach().reshape(cfg.patch**2, -1, *v.shape[1:])[:,:cfg.channels].flatten(0,1)
     tokens = s.token_bias.detach()[0]                                  # (T, D)
-    out = [(pad_columns(F.pad(tokens, (0,0,0,-len(tokens)%16))),), (pad_columns(s.patch_weight, 2), torch.zeros(cfg.width)),
-           (_modulation(s.final_layer.adaLN_modulation, 2, [1]),), tuple(kept)]
+    out = [(pad_columns(F.pad(tokens, (0,0,0,-len(tokens)%16))),)]
+    out.append((pad_columns(s.patch_weight, 2), torch.zeros(cfg.width)))
+    out += [(_modulation(s.final_layer.adaLN_modulation, 2, [1]),), (kept(linear.weight), kept(linear.bias))]
     for b in s.blocks:
         scale = torch.ones(3*cfg.width)
         scale[:cfg.width] = (cfg.width//b.attn.heads)**-.5
-        out += [(_modulation(b.adaLN_modulation, 6, [1,4]),), (b.attn.qkv.weight.detach()*scale[:,None], b.attn.qkv.bias.detach()*scale)]
+        qkv = b.attn.qkv
+        out.append((_modulation(b.adaLN_modulation, 6, [1,4]),))
+        out.append((qkv.weight.detach()*scale[:,None], qkv.bias.detach()*scale))
         out += [(m.weight.detach(), m.bias.detach()) for m in (b.attn.proj, b.mlp.fc1, b.mlp.fc2)]
     return out
 
@@ -181,6 +184,15 @@ def _pointers(one, bf16, amx):
     return kept,(ctypes.c_void_p*len(addresses))(*addresses)
 
 # %% ../../nbs/deploy/02_native.ipynb #59859644
+def _check_bf16(cfg):
+    "Whether tile instructions can be used; refused where bfloat16 cannot."
+    cc,hidden = compiler(),int(cfg.width*cfg.mlp_ratio)
+    if cc and not _has_bf16(cc):
+        raise ValueError("precision bf16: not what this processor computes in (needs AVX-512 BF16); expected fp32")
+    if hidden%2: raise ValueError(f"precision bf16: native needs an even MLP width; got {hidden}")
+    return bool(cc) and cfg.tokens%32==0 and _has_amx(cc)
+
+# %% ../../nbs/deploy/02_native.ipynb #23a837e9
 class Native:
     "A function of noise and labels that makes images in C."
     def __init__(self,
@@ -188,27 +200,26 @@ class Native:
         precision:str='fp32', # 'fp32' or 'bf16'
         threads:int=1,        # On the processor
     ):
-        bf16,cfg,cc = precision=='bf16',one.cfg,compiler()
-        if bf16 and cc and not _has_bf16(cc): raise ValueError("precision bf16: not what this processor computes in (native needs AVX-512 BF16); expected fp32")
-        hidden = int(cfg.width*cfg.mlp_ratio)
-        if bf16 and hidden%2: raise ValueError(f"precision bf16: native needs an even MLP width; got {hidden}")
-        amx = bf16 and bool(cc) and cfg.tokens%32==0 and _has_amx(cc)
+        bf16,cfg = precision=='bf16',one.cfg
+        amx = bf16 and _check_bf16(cfg)
         self.one,self.threads,self.pool,self.local = one,threads,ThreadPoolExecutor(threads),threading.local()
         self.code,self.teams = library(design_header(cfg, precision, bf16, amx)),threading.Lock()
         self.code.onestep_scratch.restype = ctypes.c_size_t
         self.kept,self.net = _pointers(one, bf16, amx)
-        self.image = 4*cfg.channels*cfg.image_size**2                  # bytes
+        self.image = 4*cfg.channels*cfg.image_size**2 # bytes
 
     def scratch(self, threads): return torch.zeros(self.code.onestep_scratch(threads)//4)
 
-    def run_at(self, noise, label, image, scratch=None, rank=0, threads=1): # addresses, numbers, a tensor of zeros or of an earlier call
+    def run_at(self, noise, label, image, scratch=None, rank=0, threads=1):
+        "One image, or a thread's share of it: addresses, numbers, a tensor of zeros or of an earlier call."
         if scratch is None:
             if not hasattr(self.local, 'scratch'): self.local.scratch = self.scratch(1)
             scratch = self.local.scratch
         noise,image,room = (ctypes.c_void_p(a) for a in (noise, image, scratch.data_ptr()))
-        self.code.onestep_draw(self.net, noise, ctypes.c_int(label), image, room, ctypes.c_int(rank), ctypes.c_int(threads))
+        label,rank,threads = (ctypes.c_int(n) for n in (label, rank, threads))
+        self.code.onestep_draw(self.net, noise, label, image, room, rank, threads)
 
-    def rows(self, x, y):                                              # (N, C, R, R) float32, (M,) -> (M, C, R, R), M a multiple of N
+    def rows(self, x, y):         # (N, C, R, R) float32, (M,) -> (M, C, R, R), M a multiple of N
         out,labels = x.new_empty(len(y), *x.shape[1:]),y.tolist()
         a,b,n = x.data_ptr(),out.data_ptr(),len(x)
         members = min(self.threads//len(y), -(-self.one.cfg.tokens//16))
@@ -218,9 +229,12 @@ class Native:
         return out
 
     def together(self, at, members):
-        "Each image by several threads, which wait for each other: so all of them must run, and one call at a time uses the pool."
+        "Each image by several threads that wait for each other: all must run, so one call at a time uses the pool."
         with self.teams:
-            jobs = [(*job, scratch, rank, members) for job,scratch in zip(at, [self.scratch(members) for _ in at]) for rank in range(members)]
+            jobs = []
+            for job in at:
+                scratch = self.scratch(members)
+                jobs += [(*job, scratch, rank, members) for rank in range(members)]
             list(self.pool.map(lambda job: self.run_at(*job), jobs))
 
     def __call__(self, x, y):
