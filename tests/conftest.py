@@ -13,3 +13,6 @@ for name, first in {'PATH': Path(sys.executable).parent, 'PYTHONPATH': ROOT}.ite
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
+
+
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes on two cores; not in the everyday loop')

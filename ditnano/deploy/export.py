@@ -262,7 +262,8 @@ def to_c(
     "Write a student as C11 source that needs nothing but a compiler."
     folder = Path(folder).resolve()
     ours = folder.is_dir() and ((folder/'student.h').is_file() or not any(folder.iterdir()))
-    if folder.exists() and not ours: raise ValueError(f"{folder.name}: exists and is no export to C; expected a new folder")
+    if folder.exists() and not ours:
+        raise ValueError(f"{folder.name}: exists and is no export to C; expected a new folder")
     for t in targets:
         if t not in ('host',*TARGETS): raise ValueError(f"target {t!r}; expected host or one of {', '.join(TARGETS)}")
     with atomic(folder) as tmp:
@@ -270,7 +271,8 @@ def to_c(
         write_source(model, tmp, precision, guidance, array)
         card = _card(model, precision, guidance, None, 1) | _checked_c(tmp, model, precision, guidance)
         card['programs'] = {t:build(tmp, t).relative_to(tmp).as_posix() for t in targets}
-        write_json(tmp/'card.json', {k:v for k,v in card.items() if k not in ('opset','batch')} | {'made':_library_versions()})
+        card = {k:v for k,v in card.items() if k not in ('opset','batch')}
+        write_json(tmp/'card.json', card | {'made':_library_versions()})
     return json.loads((folder/'card.json').read_text())
 
 # %% ../../nbs/deploy/07_export.ipynb #bc32ce80

@@ -110,6 +110,15 @@ def _compile(cc, design, path):
             reason = next((l for l in done.stderr.splitlines() if 'error' in l), f'exit status {done.returncode}')
             raise RuntimeError(f"native: {' '.join(cc)} does not compile it ({reason.strip()})")
 
+def _declared(code):
+    "The functions of onestep.h with the types of their arguments."
+    pointer,integer = ctypes.c_void_p,ctypes.c_int
+    code.onestep_scratch.argtypes,code.onestep_scratch.restype = [integer],ctypes.c_size_t
+    code.onestep_draw.argtypes = [pointer, pointer, integer, pointer, pointer, integer, integer]
+    code.onestep_draw.restype = None
+    return code
+
+# %% ../../nbs/deploy/02_native.ipynb #86fdf9fe
 def library(
     design:str,  # From `design_header`
     folder=None, # Where compiled code is kept; None is `native` in the cache folder
@@ -124,7 +133,7 @@ def library(
     if not (path.is_file() and note.is_file() and note.read_text()==file_hash(path)):
         _compile(cc, design, path)
         with atomic(note) as tmp: tmp.write_text(file_hash(path))
-    return ctypes.CDLL(str(path))
+    return _declared(ctypes.CDLL(str(path)))
 
 # %% ../../nbs/deploy/02_native.ipynb #ea2000ca
 def pad_columns(
@@ -173,6 +182,8 @@ def network_parts(
         out += [(m.weight.detach(), m.bias.detach()) for m in (b.attn.proj, b.mlp.fc1, b.mlp.fc2)]
     return out
 
+
+# %% ../../nbs/deploy/02_native.ipynb #0869e511
 def _pointers(one, bf16, amx):
     "All tensors as the C reads them, and their addresses; a map has weights, no scales, and a bias."
     kept,addresses = [],[]
@@ -204,20 +215,16 @@ class Native:
         amx = bf16 and _check_bf16(cfg)
         self.one,self.threads,self.pool,self.local = one,threads,ThreadPoolExecutor(threads),threading.local()
         self.code,self.teams = library(design_header(cfg, precision, bf16, amx)),threading.Lock()
-        self.code.onestep_scratch.restype = ctypes.c_size_t
         self.kept,self.net = _pointers(one, bf16, amx)
         self.image = 4*cfg.channels*cfg.image_size**2 # bytes
 
     def scratch(self, threads): return torch.zeros(self.code.onestep_scratch(threads)//4)
 
-    def run_at(self, noise, label, image, scratch=None, rank=0, threads=1):
-        "One image, or a thread's share of it: addresses, numbers, a tensor of zeros or of an earlier call."
+    def run_at(self, noise, label, image, scratch=None, rank=0, threads=1): # addresses; one image or a share of it
         if scratch is None:
             if not hasattr(self.local, 'scratch'): self.local.scratch = self.scratch(1)
             scratch = self.local.scratch
-        noise,image,room = (ctypes.c_void_p(a) for a in (noise, image, scratch.data_ptr()))
-        label,rank,threads = (ctypes.c_int(n) for n in (label, rank, threads))
-        self.code.onestep_draw(self.net, noise, label, image, room, rank, threads)
+        self.code.onestep_draw(self.net, noise, label, image, scratch.data_ptr(), rank, threads)
 
     def rows(self, x, y):         # (N, C, R, R) float32, (M,) -> (M, C, R, R), M a multiple of N
         out,labels = x.new_empty(len(y), *x.shape[1:]),y.tolist()
@@ -231,10 +238,8 @@ class Native:
     def together(self, at, members):
         "Each image by several threads that wait for each other: all must run, so one call at a time uses the pool."
         with self.teams:
-            jobs = []
-            for job in at:
-                scratch = self.scratch(members)
-                jobs += [(*job, scratch, rank, members) for rank in range(members)]
+            shared = [(*job, self.scratch(members)) for job in at]
+            jobs = [(*job, rank, members) for job in shared for rank in range(members)]
             list(self.pool.map(lambda job: self.run_at(*job), jobs))
 
     def __call__(self, x, y):
