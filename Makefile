@@ -14,14 +14,14 @@ BIN   := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help venv paper smoke test prepare check export clean readme lab weights docs dist hooks precommit trust
+.PHONY: help venv paper smoke test test-quick lint prepare check export clean readme lab weights docs dist hooks precommit trust
 
 help: ## This list; with NB=nbs/experiments/x.ipynb, the parameters of that notebook
 ifneq ($(NB),)
 	@$(MAKE) -s venv
 	@$(BIN)/papermill --help-notebook $(NB)
 else
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 endif
 
 venv: $(STAMP) ## The virtual environment, when it is absent or older than its pins
@@ -40,14 +40,20 @@ paper: $(STAMP) ## Every table and figure into paper_figures/, from the best evi
 smoke: $(STAMP) ## Everything again at scale smoke, experiments included, into paper_figures/smoke: proof that every path works
 	$(BIN)/ditnano paper --scale smoke --out paper_figures/smoke
 
-test: $(STAMP) ## Every notebook top to bottom, and the tests of the public contract
+test: $(STAMP) ## Every notebook top to bottom, and all tests of tests/
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
+
+test-quick: $(STAMP) ## The everyday loop, under a minute: no notebooks, nothing marked slow
+	$(BIN)/python -m pytest -n $(JOBS) -m quick tests/unit tests/contract tests/hostile
+
+lint: $(STAMP) ## ruff: 120 columns, one statement a line, unused and unsorted imports, common mistakes
+	@$(BIN)/ruff check --config ruff-baseline.toml .
 
 prepare: $(STAMP) ## Before a commit: export, clean, README, test
 	@$(MAKE) -s export clean readme
 	@$(MAKE) test
 
-check: $(STAMP) ## Export, clean and README again: none of them may change a file
+check: lint ## Lint; then export, clean and README again: none of them may change a file
 	@state() { for f in $$(find nbs ditnano -name '*.ipynb' -o -name '*.py' | grep -v checkpoints | sort) README.md pyproject.toml; do cksum $$f; done; }; \
 	before=$$(state); $(MAKE) -s export clean readme || exit 1; after=$$(state); \
 	if [ "$$before" != "$$after" ]; then diff <(echo "$$before") <(echo "$$after") | awk '/^>/ {print "  " $$4}' >&2; \

@@ -74,7 +74,8 @@ def pairs(
 
     Example: ditnano pairs --teacher digits32 --seeds 0-999 --out pairs/
     """
-    from ditnano.pairs import PairDataset, import_get_pairs, make_pairs
+    from ditnano.interop.get_pairs import import_get_pairs
+    from ditnano.pairs import PairDataset, make_pairs
     if import_get: return print(PairDataset(import_get_pairs(import_get, out, image_dtype=image_dtype, log=print)))
     print(PairDataset(make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device, log=print, precision=precision)))
 
@@ -379,7 +380,7 @@ def _stages(scale, notebooks):
     return [*((_measuring_scale(), [p]) for p in computing if p.stem in MEASURED_HERE), ('best', drawing)]
 
 def _list_best(runs, out):
-    from ditnano.lab.figures import EXPERIMENT_FILTERS, best_scale, load_runs, rows_of
+    from ditnano.lab.evidence import EXPERIMENT_FILTERS, best_scale, load_runs, rows_of
     _, found, _ = load_runs('smoke', runs or '', out or '')
     print(f"made here and now: {', '.join(MEASURED_HERE)}; only drawn, from the best that has been run:")
     _print_rows([{'experiment':e, 'best scale':(s := best_scale(found, e)), 'runs there':len(rows_of(found, e, s))} for e in EXPERIMENT_FILTERS])

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from .edm import rho_schedule
+
 # %% ../nbs/22_flow.ipynb #dd19140d
 def _ramp(t, start, end, rho):
     "EDM's schedule between two noise levels, in float64 (on the CPU where the device has none)."
@@ -18,8 +20,7 @@ def _ramp(t, start, end, rho):
     if not (start>0 and end>0 and rho>0): raise ValueError(f"noise levels {start} and {end}, rho {rho}; expected all above 0")
     if t.device.type=='cpu' and t.numel() and not 0<=t.min()<=t.max()<=1:
         raise ValueError(f"times from {t.min():g} to {t.max():g}; expected 0 (image) to 1 (noise)")
-    a, b = start**(1/rho), end**(1/rho)
-    return (a + t*(b-a))**rho
+    return rho_schedule(t, start, end, rho)
 
 def flow_sigma(
     t,                     # Times, 0 (image) to 1 (noise); a number or a tensor

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['NUM_ITERS', 'TOLERANCE', 'fixed_point_residual', 'solve_fixed_point', 'unroll', 'fixed_point_correction_loss',
-           'InjectedAttention', 'ExactMLP', 'InjectionBlock', 'OutputHead', 'GET', 'check_inputs', 'initialize_weights',
-           'load_model']
+           'InjectedAttention', 'ExactMLP', 'InjectionBlock', 'OutputHead', 'GET', 'sample_z0', 'check_inputs',
+           'initialize_weights', 'load_model']
 
 # %% ../nbs/13_get.ipynb #8501c556
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -142,7 +144,7 @@ class GET(nn.Module):
         check_inputs(self.cfg, z, y, z0)
         injection = self.inject(z, y)
         f = lambda state: self.step(state, injection)
-        if z0 is None: z0 = torch.randn(len(z), *self.pos_embed.shape[1:], device=z.device, dtype=self.pos_embed.dtype)
+        if z0 is None: z0 = sample_z0(self.cfg, len(z), z.device)
         return [self.decode(s) for s in unroll(f, z0)] if self.training else self.decode(solve_fixed_point(f, z0)[0])
 
     def inject(self, z, y=None): # What each equilibrium layer receives: D tensors (N, T, 3D)
@@ -162,6 +164,16 @@ class GET(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name): return load_student(name, cls, GETConfig)
+
+# %% ../nbs/13_get.ipynb #4697c9e3
+def sample_z0(
+    cfg:GETConfig, # Of the model
+    n:int,         # Number of states
+    device:Any='cpu',
+)->torch.Tensor: # (N, T, D) float32
+    "First states from the global generator, filled feature by feature as the reference implementation does (GET)."
+    tokens = (cfg.image_size//cfg.patch)**2
+    return torch.randn_like(torch.empty(n, cfg.width, tokens, device=device, dtype=torch.float32).transpose(1, 2))
 
 # %% ../nbs/13_get.ipynb #52a12676
 def check_inputs(

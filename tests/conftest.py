@@ -1,14 +1,23 @@
-"What the tests share: one thread each, this checkout before any installed one, this environment's commands on the path."
-import os, sys
+"Shared by all tests: one thread each, this checkout before any installed one, this environment's commands on the path."
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW_FOLDERS = ('notebooks', 'processes', 'evidence')
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # two tests run side by side; neither may take both cores
 for name, first in {'PATH': Path(sys.executable).parent, 'PYTHONPATH': ROOT}.items():
     os.environ[name] = os.pathsep.join([str(first), *filter(None, [os.environ.get(name)])])
+
+
+def pytest_collection_modifyitems(items):
+    "`quick` is everything that is neither marked slow nor in a folder of slow tests."
+    for item in items:
+        folder = item.path.relative_to(ROOT/'tests').parts[0]
+        if folder not in SLOW_FOLDERS and item.get_closest_marker('slow') is None: item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope='session')

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..edm import load_teacher
+from ..edm import load_teacher, rho_schedule
 from ..pairs import teacher_hash
 from .base import GETRecipe
 
@@ -27,7 +27,7 @@ def noise_levels(
 )->torch.Tensor: # (count,) float32, ascending
     "The levels that DMD draws from (DMD, Appendix B; EDM, Equation 5)."
     u = torch.arange(count, dtype=torch.float64)/(count-1)
-    return ((sigma_min**(1/rho) + u*(sigma_max**(1/rho)-sigma_min**(1/rho)))**rho).float()
+    return rho_schedule(u, sigma_min, sigma_max, rho).float()
 
 NUM_LEVELS = 1000
 STUDENT_LEVELS = (NUM_LEVELS//50, NUM_LEVELS-NUM_LEVELS//50) # First and last level of the student's gradient

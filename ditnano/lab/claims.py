@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOLDS', 'FAILS', 'OPEN', 'CRITICAL_VALUE', 'MIN_DEGREES_OF_FREEDOM', 'MAX_SEEDS', 'TERMS', 'REQUIRED_COLUMNS',
-           'MIN_TIMED_BATCHES', 'GPU_IMAGES_PER_S', 'LARGE_RATIO', 'CLOSE_RATIO', 'FASTER_RATIO', 'RULES',
+           'MIN_TIMED_BATCHES', 'GPU_IMAGES_PER_S', 'CPU_SCALES', 'LARGE_RATIO', 'CLOSE_RATIO', 'FASTER_RATIO', 'RULES',
            'seed_spread', 'critical_value', 'Comparison', 'common_metrics', 'compare', 'name_of', 'planned_rows',
            'runs_of', 'Part', 'lower_than', 'quality_part', 'latency_part', 'measured_rate', 'deciding_runs',
            'figure_4_series', 'Claim', 'Verdict', 'combine', 'evaluate_claims']
@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..config import DESIGNS, SIZES, DiTConfig, GETConfig, Scale, load_scale
 from .experiments import BASE, EXPERIMENTS, as_student
-from .figures import SCALES, best_scale, distances
+from .evidence import SCALES, TIMED_SIZE, best_scale, distances
 from ..paper import CLAIMS, frame, lookup, table
 from ..principles import count_flops, count_params, heads
 from .runs import read_result
@@ -216,12 +216,19 @@ def quality_part(
 # %% ../../nbs/lab/10_claims.ipynb #d0c9d6b1
 MIN_TIMED_BATCHES = 5  # Timed batches behind a latency that counts
 
+_TIMED_COLUMNS = ('kind','scale','live','card','p50_ms','p90_ms','seconds_50k','mlp_ratio','steps',
+                  *(f'latency_{k}' for k in ('precision','backend','guidance','attention','batch','batches','settled','size')))
+
 def _timings(found, s, scale):
     "What was timed alike, this machine's own first: its name -> {(model, depth, width, heads, guided): row}."
-    columns = ('kind','scale','latency_precision','latency_backend','latency_guidance','latency_attention','latency_batch','latency_batches','latency_settled','live','card','p50_ms','p90_ms','seconds_50k','mlp_ratio','steps')
-    timed = found.reindex(columns=list(dict.fromkeys([*found,*columns,*REQUIRED_COLUMNS])))
-    for k,v in dict(kind='latency', latency_precision='fp32', latency_backend='eager', mlp_ratio=4.0, steps=1).items(): timed = timed[(timed[k]==v).fillna(False).astype(bool)]
-    timed = timed[timed.scale.isin(SCALES if scale=='best' else [s.name]) & (timed.latency_batches>=MIN_TIMED_BATCHES) & timed.latency_settled.eq(True)]
+    timed = found.reindex(columns=list(dict.fromkeys([*found,*_TIMED_COLUMNS,*REQUIRED_COLUMNS])))
+    timed = timed.assign(latency_size=timed.latency_size.fillna(TIMED_SIZE))
+    wanted = dict(kind='latency', latency_precision='fp32', latency_backend='eager', latency_size=TIMED_SIZE, mlp_ratio=4.0, steps=1)
+    for k,v in wanted.items(): timed = timed[(timed[k]==v).fillna(False).astype(bool)]
+    times_nothing = bool(s.experiments) and 'latency' not in s.experiments   # as scale night, which takes the timings of others
+    scales = SCALES if scale=='best' or times_nothing else [s.name]
+    enough = (timed.latency_batches>=MIN_TIMED_BATCHES) & timed.latency_settled.eq(True)
+    timed = timed[timed.scale.isin(scales) & enough]
     sets, several = {}, timed.groupby('card').scale.nunique()
     for (card,_,_,name),own in timed.groupby(['card','latency_attention','latency_batch','scale'], dropna=False):
         texts = f'{card}, scale {name}' if several[card]>1 else card
@@ -249,7 +256,8 @@ def latency_part(
     why = '; '.join(_ratio_text(sets,*w) for w in shown)+(', which is within what the batches differ, or changes from machine to machine' if outcome==OPEN else '')
     ours = '; '.join(f"{', '.join(f'{_timed_name(d)} {r.seconds_50k:,.0f} s' for d,r in rows.items())} on {n}" for n,rows in sets.items())
     every = [r for rows in sets.values() for r in rows.values()]
-    return Part('latency', outcome, f'{ours}; for 50,000 images, none of them on the Jetson', why, ', '.join(dict.fromkeys(r.scale for r in every)), tuple(r.folder for r in every), machine=' and '.join(dict.fromkeys(r.card for r in every)))
+    images = '50,000 images' if s.image_size==TIMED_SIZE else f'50,000 images of {TIMED_SIZE}x{TIMED_SIZE}'
+    return Part('latency', outcome, f'{ours}; for {images}, none of them on the Jetson', why, ', '.join(dict.fromkeys(r.scale for r in every)), tuple(r.folder for r in every), machine=' and '.join(dict.fromkeys(r.card for r in every)))
 
 # %% ../../nbs/lab/10_claims.ipynb #9abe42bb
 def _ratio_text(sets, a, b, f):
@@ -273,6 +281,8 @@ def _relative_cost(found, recipe):
     return float(rate['get']/rate[recipe]) if 'get' in rate and recipe in rate and recipe!='get' else 1.
 
 def _run_flops(found, row): return row['images']*count_flops(row['depth'], row['width'])*_relative_cost(found, row['recipe'])
+
+CPU_SCALES = ('night','cpu')  # Scales meant for a processor; their rate is measured
 
 @lru_cache(maxsize=1024)
 def _train_seconds(folder): return (read_result(folder) or {'device':{}})['device'].get('train_seconds')
@@ -313,9 +323,10 @@ def deciding_runs(
     if part.kind=='latency': return 'To decide: time these designs with more batches and nothing else running, best on the Jetson itself (nbs/experiments/latency; minutes, no training).'
     if part.seeds>MAX_SEEDS: return f'At the spread of {part.metric} more than {MAX_SEEDS} seeds a row would be needed: by that judge they may well be alike.'
     if 'one judge' in part.why and 'not run' not in part.why: return f'A second judge for the runs of scale {part.scale} may decide it, at no training.'
-    for name in dict.fromkeys([part.scale, 'cpu','gpu']):
-        rate, machine = measured_rate(found, load_scale(name)) if name=='cpu' else (GPU_IMAGES_PER_S*count_flops(5,64), '')
-        plan = _plan_at_scale(found, experiment, name, comparisons, part.seeds) if name!='smoke' and rate else None
+    for name in dict.fromkeys([part.scale, *CPU_SCALES, 'gpu']):
+        if name=='smoke': continue
+        rate, machine = measured_rate(found, load_scale(name)) if name in CPU_SCALES else (GPU_IMAGES_PER_S*count_flops(5,64), '')
+        plan = _plan_at_scale(found, experiment, name, comparisons, part.seeds) if rate else None
         if plan: return _plan_text(*plan, rate, machine)
     return 'No committed scale runs all of its rows.'
 

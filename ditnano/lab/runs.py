@@ -221,7 +221,8 @@ def _model(s): # which network; only GET has equilibrium layers
 def _student(s):
     heads, model = s.get('heads'), _model(s)
     if isinstance(heads, list): heads = '-'.join(map(str,heads))   # one per layer
-    row = dict(depth=s.get('depth'), width=s.get('width'), heads=heads, params=None, mlp_ratio=None, steps=None, model=model)
+    row = dict(depth=s.get('depth'), width=s.get('width'), heads=heads, params=None, mlp_ratio=None, steps=None, model=model,
+               image_size=s.get('image_size'))
     if not model: return row                                       # no student, or one of a kind unknown here
     cfg = MODELS[model].from_dict(s)
     return row | dict(params=count_params(cfg), mlp_ratio=cfg.mlp_ratio, steps=getattr(cfg, 'steps', 1))
@@ -246,6 +247,7 @@ def _machine_label(card):
 def _latency_columns(c, latency):
     every = {k:latency.get(k) for k in ('seconds_50k','p50_ms','p90_ms','p99_ms','images_per_s')}
     setting = {f'latency_{k}':latency.get(k, c.get(k)) for k in ('batch','batches','settled','guidance','precision','backend','attention')}
+    setting['latency_size'] = (c.get('student') or {}).get('image_size')
     return (every | setting | dict(card=_machine_label(latency.get('card')))) if latency else {}
 
 # %% ../../nbs/lab/00_runs.ipynb #6f3e95e3

@@ -3,7 +3,12 @@
 Python's own pickler would not write most of them, so they are put together by an assembler for the pickle language, a few lines long:
 a capital letter (or a name) gives the bytes that push one value. What they would run leaves a file, the canary, in the working directory.
 """
-import io, math, pickle, random, struct, zipfile
+import io
+import math
+import pickle
+import random
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np

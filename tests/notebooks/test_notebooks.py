@@ -1,11 +1,16 @@
 "Every notebook of nbs/ runs from top to bottom at its default parameters, each in a process of its own."
-import json, os, shutil, signal, subprocess, sys
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
 LIMIT = 480  # seconds for one notebook; library chapters are meant to take 20, experiments 60
 

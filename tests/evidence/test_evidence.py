@@ -1,12 +1,14 @@
 """Every number in paper_figures/ comes from a committed record: walk all of them, and draw the tables again from these records alone."""
-import json, shutil, subprocess
+import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from ditnano.lab.runs import read_result, record_hash, run_key
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT/'paper_figures'
 EVIDENCE = FIGURES/'evidence'
 DRAWN = {p.stem:json.loads(p.read_text()) for p in sorted((EVIDENCE/'drawn').glob('*.json'))}
@@ -64,8 +66,8 @@ def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
 
 def test_a_committed_run_comes_out_the_same_again(tmp_path):
     "The shortest of the smoke runs, trained and judged anew; on another kind of device the tolerance does not hold, so the test is skipped there."
-    from ditnano.repro import fingerprint
     from ditnano.lab.sweep import verify
+    from ditnano.repro import fingerprint
     runs = [EVIDENCE/p.parent.name for p in EVIDENCE.glob('distill-*/result.json') if read_result(p.parent)['scale']=='smoke']
     if not runs: pytest.skip('no smoke run is committed')
     plain = [r for r in runs if read_result(r)['config']['recipe']=='get' and read_result(r)['config']['student'].get('depth')==5]

@@ -1,5 +1,11 @@
 """Several processes train, sample and judge as one, whatever their clocks say; a sweep in processes stops in time."""
-import json, os, shutil, subprocess, sys, textwrap, time
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
 
 import pytest
 import torch
@@ -113,8 +119,8 @@ def test_two_processes_are_one_run(tmp_path):
 
 def test_local_processes_stop_in_time(tmp_path):
     "Two long runs at once, and one that has to wait: nothing runs on after the limit, and the long ones have checkpoints."
-    from ditnano.lab import sweep
     from ditnano.config import Scale
+    from ditnano.lab import sweep
     from ditnano.lab.experiments import distill_config
     from ditnano.lab.runs import Run
     scale = Scale(name='tiny', pairs=32, images=16*100_000, batch=16, samples=24, loss='L2')
@@ -128,8 +134,8 @@ def test_local_processes_stop_in_time(tmp_path):
 
 def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     "A run held by a machine that is gone: the sweep says so, and ends."
-    from ditnano.lab import sweep
     from ditnano.config import Scale
+    from ditnano.lab import sweep
     from ditnano.lab.experiments import distill_config
     from ditnano.lab.runs import Run
     config, lines = distill_config(Scale(name='tiny', pairs=32, images=64, batch=16, samples=24, loss='L2'), (1, 32, 4)), []

@@ -1,11 +1,13 @@
 "The frame around the rooms: links, pins, packaging, and what an import may need."
-import re, subprocess, sys
+import re
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INI = ConfigParser(delimiters=['='])
 INI.read(ROOT/'settings.ini', encoding='utf-8')
 

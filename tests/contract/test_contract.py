@@ -2,7 +2,13 @@
 
 Nothing below looks inside the rooms. Where a table of values stands, it was worked out by hand or taken from the paper.
 """
-import importlib, json, math, os, pickle, subprocess, sys, types
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
 from unittest import mock
 
 import numpy as np
@@ -112,7 +118,7 @@ def test_propose():
     with pytest.raises(ValueError, match='max_params'): propose(10)
 
 
-@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'lab.runs', 'lab.figures', 'lab.notebooks'])
+@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'lab.runs', 'lab.evidence', 'lab.figures', 'lab.notebooks'])
 def test_light_rooms_import_without_torch(room):
     done = run('-c', f"import sys, ditnano.{room}; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr or 'torch came along'
@@ -283,10 +289,10 @@ def released(path, net, kwargs):
 
 
 def test_a_released_teacher_is_read_and_nothing_in_it_runs(tmp_path, monkeypatch):
-    from ditnano.edm import read_checkpoint
     from ditnano.config import UNetConfig
     from ditnano.dit import randomize_weights
     from ditnano.edm import EDMPrecond
+    from ditnano.interop.checkpoint import read_checkpoint
     from ditnano.unet import SongUNet
     monkeypatch.chdir(tmp_path)
     net = randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1))), seed=2)
@@ -376,7 +382,8 @@ def test_pairs(teacher, tmp_path):
 
 
 def test_pairs_as_get_publishes_them(tmp_path):
-    from ditnano.pairs import PairDataset, import_get_pairs
+    from ditnano.interop.get_pairs import import_get_pairs
+    from ditnano.pairs import PairDataset
     g = torch.Generator().manual_seed(0)
     z, x, y = torch.randn(40, 3, 32, 32, generator=g), torch.rand(40, 3, 32, 32, generator=g)*2.2-1.1, torch.randint(10, (40,), generator=g)
     for folder in ('latent', 'image'): (tmp_path/'get'/folder).mkdir(parents=True)
@@ -537,6 +544,7 @@ def test_fold(small):
 def test_frechet_distance():
     "Against the formula with a matrix square root, on an extractor of our own."
     from scipy.linalg import sqrtm
+
     from ditnano.metrics import frechet
     def extractor(images):
         pooled = torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1).numpy()/255

@@ -1,0 +1,34 @@
+"The configurations of the committed scales hash to the keys that their records have; a changed default would orphan finished runs."
+import hashlib
+
+import pytest
+
+from ditnano.config import load_scale
+from ditnano.lab.experiments import EXPERIMENTS, experiment_configs
+from ditnano.lab.runs import run_key
+
+CONTENT = {'name': 'images', 'sha256': '0'*64}, {'name': 'teacher', 'sha256': '1'*64}
+PINNED = {  # scale -> number of runs, digest of their keys
+    'smoke': (49, 'cecad62f1d7c099f'),
+    'cpu': (80, 'b37f555cf661e9f7'),
+    'night': (118, 'ea06cc3610b5dd26'),
+    'gpu': (177, '5e6e6d2b9a7eb9ee'),
+    'paper': (177, '66fa6a0d92ca6b9d'),
+}
+
+
+def keys(name, experiment):
+    "Keys of an experiment's runs, whatever data, teacher and loss network are available here."
+    scale = load_scale(name)
+    configs = experiment_configs(experiment, scale, CONTENT, **scale.experiments.get(experiment, {}))
+    return [run_key(c | {'loss': {'name': c['loss']['name'], 'sha256': None}}) for c in configs]
+
+
+def digest(name):
+    lines = [f'{e} {k}' for e in EXPERIMENTS for k in keys(name, e)]
+    return len(lines), hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize('name', PINNED)
+def test_keys_are_pinned(name):
+    assert digest(name) == PINNED[name]
