@@ -22,6 +22,3 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
-
-
-def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes on two cores; not in the everyday loop')

@@ -82,16 +82,19 @@ def test_sanitizers_image_sizes_patches_channels(cfg, tmp_path): sanitized(cfg, 
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize('cfg', ODD, ids=name)
 def test_sanitizers_odd_heads_and_widths(cfg, tmp_path): sanitized(cfg, tmp_path)
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize('precision', PRECISIONS[1:])
 def test_sanitizers_short_weights(precision, tmp_path): sanitized(SMALL, tmp_path, precision=precision)
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize('flag', ('-march=x86-64','-march=haswell'))
 def test_sanitizers_narrow_registers(flag, tmp_path):
     known = run([*compiler(), flag, '-E', '-x', 'c', '/dev/null'], tmp_path)
@@ -143,6 +146,7 @@ int main(void) {
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize('check', ('address,undefined','thread'))
 def test_sanitizers_threads_of_one_image(check, tmp_path):
     (tmp_path/'design.h').write_text(design_header(SMALL))
@@ -188,6 +192,7 @@ def test_seeds_draw_torchs_noise_and_label(cfg, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_bytes_of_many_seeds(tmp_path):
     model,n = student(DiTConfig(2,32,4,image_size=16)),1000
     write_source(model, tmp_path)
@@ -206,6 +211,7 @@ def test_stored_precisions(precision, bound, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_products_in_bfloat16(tmp_path):
     if 'avx512_bf16' not in Path('/proc/cpuinfo').read_text(): pytest.skip('this processor has no AVX-512 BF16')
     model = student(DiTConfig(2,36,4,image_size=16))
@@ -276,6 +282,7 @@ def test_png_ppm_and_compiled_in_weights(channels, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
 def test_the_folder_builds_alone(tmp_path):
     model = student(SMALL)
@@ -353,6 +360,7 @@ def test_module_for_a_web_page(tmp_path):
 
 
 @needs_zig
+@pytest.mark.slow
 def test_native_without_a_system_compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name, *a, **k: None)
     monkeypatch.setattr('ditnano.deploy.native.compiler', lambda: compiler(lambda name: None))
@@ -405,6 +413,7 @@ def test_c_files_come_with_the_package(root):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_export_on_the_command_line(tmp_path):
     program = [sys.executable, '-c', 'from ditnano.cli import main; main()']
     command = [*program, 'export', '--format', 'c', '--precision', 'int8', '--target', 'host']
