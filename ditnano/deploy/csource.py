@@ -45,8 +45,8 @@ def _design_numbers(cfg, precision):
     return FORMATS[precision],*sizes,labels,heads
 
 def weights_file(
-    model,                # A DiT of one step, or a FoldedDiT
-    precision:str='fp32', # Of the stored matrices: 'fp32', 'fp16' or 'int8'
+    model:"DiT|FoldedDiT", # Of one step
+    precision:str='fp32',  # Of the stored matrices: 'fp32', 'fp16' or 'int8'
 )->bytes:
     "A student's weights as the C opens them: a header with design and SHA-256, then the tensors."
     if precision not in PRECISIONS:
@@ -83,8 +83,8 @@ def _c_array(data):
     return '\n'.join(['_Alignas(64) const unsigned char student_array[] = {', ',\n'.join(rows), '};', ''])
 
 def write_source(
-    model,                # A DiT of one step, or a FoldedDiT
-    folder,               # An existing folder
+    model:"DiT|FoldedDiT", # Of one step
+    folder:"Path|str",    # An existing folder
     precision:str='fp32', # Of the stored matrices: 'fp32', 'fp16' or 'int8'
     guidance:float=1.5,   # What `main.c` takes if not told otherwise; 1 is off
     array:bool=False,     # Also the weights as C, to be compiled in
@@ -122,10 +122,10 @@ def _built(command, out):
     return Path(out)
 
 def build(
-    folder,             # From `write_source`
+    folder:"Path|str",  # From `write_source`
     target:str='host',  # 'host', or one of TARGETS, which need the package ziglang
-    out=None,           # Program to write; None is build/TARGET/student in the folder
-    flags=(),           # More for the compiler
+    out:"Path|str"=None, # Program to write; None is build/TARGET/student in the folder
+    flags:tuple=(),     # More for the compiler
 )->Path: # The program
     "Compile a student's folder."
     if target!='host' and target not in TARGETS:
@@ -168,8 +168,8 @@ def _shared_library(folder, flags):
 class CStudent:
     "A student's folder, compiled for this machine and called from Python; `shape` is (channels, size, size)."
     def __init__(self,
-        folder, # From `write_source`
-        flags=('-march=native',), # More for the compiler
+        folder:"Path|str",               # From `write_source`
+        flags:tuple=('-march=native',), # More for the compiler
     ):
         folder = Path(folder)
         self.code_bytes,c = _shared_library(folder, flags)
@@ -182,7 +182,7 @@ class CStudent:
     def _check(self, error):
         if error: raise ValueError(f"student.c: {self.c.student_message(error).decode()}")
 
-    def noise(self, seed, shape):
+    def noise(self, seed:int, shape:tuple)->tuple:
         "Noise (C, R, R) float32 and the label of a seed."
         noise,label = np.empty(shape, np.float32),ctypes.c_int()
         self.c.student_noise(ctypes.c_uint32(seed), noise.ctypes.data_as(ctypes.c_void_p), ctypes.byref(label))
@@ -193,19 +193,19 @@ class CStudent:
         self._check(draw(self.context, ctypes.c_uint32(seed), ctypes.c_int(label), ctypes.c_float(guidance), to))
         return out
 
-    def floats(self, seed, shape, label=-1, guidance=1.5):
+    def floats(self, seed:int, shape:tuple, label:int=-1, guidance:float=1.5)->np.ndarray:
         "An image (C, R, R) float32, nominally in [-1, 1]; label -1 is drawn from the seed."
         return self._draw(self.c.student_draw_floats, seed, label, guidance, np.empty(shape, np.float32))
 
-    def pixels(self, seed, shape, label=-1, guidance=1.5):
+    def pixels(self, seed:int, shape:tuple, label:int=-1, guidance:float=1.5)->np.ndarray:
         "The same as bytes, (C, R, R) uint8."
         pixels = np.empty((*shape[1:],shape[0]), np.uint8)
         return self._draw(self.c.student_draw, seed, label, guidance, pixels).transpose(2,0,1)
 
 # %% ../../nbs/deploy/06_csource.ipynb #aed7af82
 def read_picture(
-    path,       # .ppm or .pgm from `student`
-    size:int,   # Pixels on a side of an image
+    path:"Path|str", # .ppm or .pgm from `student`
+    size:int,        # Pixels on a side of an image
 )->torch.Tensor: # (N, C, R, R) uint8
     "The images of a file that the C program wrote, which stand one below the other."
     from PIL import Image
@@ -215,10 +215,10 @@ def read_picture(
 
 # %% ../../nbs/deploy/06_csource.ipynb #69b30e23
 def compare(
-    folder,             # From `write_source`
-    model,              # The student
-    guidance:float=1.5, # 1 is off
-    seeds=range(1_000_000, 1_000_016), # Of the comparison
+    folder:"Path|str",      # From `write_source`
+    model:"DiT|FoldedDiT",  # The student
+    guidance:float=1.5,     # 1 is off
+    seeds:range=range(1_000_000, 1_000_016), # Of the comparison
 )->dict: # `error` (relative, L2), `largest`, `grey_levels`, bytes `changed` `of` all; bytes of code, weights, scratch
     "The C on this machine beside the student."
     cfg = model.cfg

@@ -252,12 +252,12 @@ def _checked_c(folder, model, precision, guidance):
 
 # %% ../../nbs/deploy/07_export.ipynb #29ab4bf1
 def to_c(
-    model,                # A DiT of one step
-    folder,               # Where; an earlier export to C that is there is replaced
+    model:"DiT",          # Of one step
+    folder:"Path|str",    # Where; an earlier export to C that is there is replaced
     precision:str='fp32', # Of the stored weights: 'fp32', 'fp16' or 'int8'; sums are float32
     guidance:float=1.5,   # What the program takes if not told otherwise; 1 is off
     array:bool=False,     # Also the weights as a C array
-    targets=(),           # Build for these: 'host', 'aarch64-linux', ... as in `csource.TARGETS`
+    targets:tuple=(),     # Build for these: 'host', 'aarch64-linux', ... as in `csource.TARGETS`
 )->dict: # The card: design, weights, error, bytes of code, weights and scratch memory, programs
     "Write a student as C11 source that needs nothing but a compiler."
     folder = Path(folder).resolve()

@@ -8,6 +8,7 @@ __all__ = ['FORMATS', 'FLAGS', 'ZIG', 'c_source', 'c_sections', 'design_header',
 
 # %% ../../nbs/deploy/02_native.ipynb #7c9b57d7
 import ctypes, importlib.util, os, platform, re, shutil, subprocess, sys, tempfile, threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..config import DiTConfig
 from .folding import OneStep
 from ..repro import atomic, cache_dir, content_hash, file_hash
 
@@ -36,7 +38,7 @@ def c_sections(
 FORMATS = {'fp32':0, 'fp16':1, 'int8':2, 'bf16':3} # of stored matrices, as onestep.h numbers them
 
 def design_header(
-    cfg,                 # A DiTConfig
+    cfg:DiTConfig,       # The design
     format:str='fp32',   # Of stored matrices: 'fp32', 'fp16', 'int8' or 'bf16'
     bf16:bool=False,     # Products in bfloat16
     amx:bool=False,      # With Intel's tile instructions
@@ -60,8 +62,8 @@ FLAGS = ('-std=c11', '-O3', '-march=native', '-mprefer-vector-width=512', '-fno-
 ZIG = (sys.executable, '-m', 'ziglang', 'cc')
 
 def compiler(
-    find=shutil.which,                  # Looks a program up; replaced in tests
-    find_module=importlib.util.find_spec, # Looks a Python package up; replaced in tests
+    find:Callable=shutil.which,                    # Looks a program up; replaced in tests
+    find_module:Callable=importlib.util.find_spec, # Looks a Python package up; replaced in tests
 )->tuple: # The command, () if there is none
     "A C compiler: of the system, else of the package ziglang."
     names = [c for c in (os.environ.get('CC'), 'cc', 'gcc', 'clang') if c]
@@ -70,9 +72,9 @@ def compiler(
     return ZIG if find_module('ziglang') else ()
 
 def run_compiler(
-    command, # Compiler and arguments
-    **how,   # For `subprocess.run`
-): # The finished process, its output as text
+    command:list, # Compiler and arguments
+    **how,        # For `subprocess.run`
+)->subprocess.CompletedProcess: # With its output as text
     "Run a compiler; zig keeps what it builds for itself in the cache folder."
     env = os.environ | {'ZIG_GLOBAL_CACHE_DIR':os.environ.get('ZIG_GLOBAL_CACHE_DIR', str(cache_dir()/'zig'))}
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, **how)
@@ -120,9 +122,9 @@ def _declared(code):
 
 # %% ../../nbs/deploy/02_native.ipynb #86fdf9fe
 def library(
-    design:str,  # From `design_header`
-    folder=None, # Where compiled code is kept; None is `native` in the cache folder
-): # ctypes library
+    design:str,              # From `design_header`
+    folder:"Path|str"=None, # Where compiled code is kept; None is `native` in the cache folder
+)->ctypes.CDLL: # With the functions of onestep.h
     "Compile, or take what was compiled before if its bytes are still those."
     cc = compiler()
     if not cc: raise RuntimeError("native: no C compiler installed; apt install gcc, or pip install 'ditnano[cross]'")
