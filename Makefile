@@ -34,7 +34,7 @@ $(STAMP): constraints.txt settings.ini setup.py
 	  $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info>=(3,11) else "")')
 	@touch $@
 
-paper: $(STAMP) ## Every table and figure into paper_figures/, from the best evidence (SCALE=smoke, cpu, gpu, paper: run what is missing there first)
+paper: $(STAMP) ## Every table and figure into paper_figures/ (SCALE=smoke, cpu, night, gpu or paper runs what is missing first)
 	$(BIN)/ditnano paper $(if $(SCALE),--scale $(SCALE))
 
 smoke: $(STAMP) ## Everything again at scale smoke, experiments included, into paper_figures/smoke: proof that every path works
@@ -83,11 +83,11 @@ weights: $(STAMP) ## Train again what ditnano/weights/ ships (hours on two cores
 	@test -n "$(strip $(WEIGHTS))" || { echo 'weights: name them, e.g. make weights WEIGHTS="digitsnet digits32"' >&2; exit 2; }
 	@set -e; for name in $(WEIGHTS); do echo "ditnano build $$name"; $(BIN)/ditnano build $$name; done
 
-# Light rooms name torch in annotations and do not import it; the builder evaluates those, so it must know the name.
-docs: $(STAMP) ## The website into _docs/; needs quarto (https://quarto.org)
-	@command -v quarto >/dev/null || { echo "docs: quarto is not installed; the workflow docs.yml builds the site too" >&2; exit 1; }
-	@touch README.md  # newer than the index, so that it is not rendered over
-	$(BIN)/python -c "import builtins, pandas, torch; builtins.torch, builtins.pandas = torch, pandas; from nbdev.quarto import nbdev_docs; nbdev_docs(n_workers=0)"
+docs: $(STAMP) ## The website into _docs/, from the notebooks as they are stored; a broken link is an error
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' \
+	  $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info>=(3,11) else "")')
+	$(BIN)/python docs/prepare.py
+	@$(BIN)/mkdocs build --strict --quiet --config-file _proc/mkdocs.yml
 
 dist: $(STAMP) ## Wheel and source archive into dist/
 	$(BIN)/python -m build --outdir dist .

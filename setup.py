@@ -8,19 +8,19 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
+extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
 minors = range(int(cfg['min_python'].split('.')[1]), 15)
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    author=cfg['author'], author_email=cfg['author_email'], license='Apache-2.0', url=cfg['git_url'],
-    project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl'], 'Source': cfg['git_url']},
+    author=cfg['author'], license='Apache-2.0',
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
                  'Intended Audience :: Science/Research', 'Natural Language :: ' + cfg['language'],
                  *(f'Programming Language :: Python :: 3.{m}' for m in minors)],
     packages=find_packages(include=['ditnano', 'ditnano.*']),
-    package_data={'ditnano': ['weights/**/*.safetensors', 'weights/**/*.json', 'weights/**/*.md', 'deploy/csrc/*']},
+    package_data={'ditnano': ['py.typed', 'deploy/csrc/*', 'weights/**/*.safetensors', 'weights/**/*.json',
+                              'weights/**/*.md']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['ditnano=ditnano._modidx:d']},

@@ -583,7 +583,7 @@ def test_wrong_commands_are_refused():
         assert said.returncode != 0 and 'Traceback' not in said.stderr, (args, said.stderr)
 
 
-@pytest.mark.parametrize('command', ['design', 'pairs', 'train', 'sample', 'eval', 'bench', 'sweep', 'paper', 'doctor'])
+@pytest.mark.parametrize('command', ['design', 'pairs', 'train', 'sample', 'eval', 'bench', 'export', 'sweep', 'paper', 'build', 'doctor'])
 def test_every_command_has_help(command):
     said = ditnano(command, '--help')
     assert said.returncode == 0 and 'usage' in said.stdout.lower()

@@ -1,0 +1,151 @@
+"The command: values that people type, help texts, signals, and what `design` may need."
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditnano import cli
+
+
+def python(program, *words, **options):
+    command = [sys.executable, '-c', textwrap.dedent(program), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.mark.parametrize('text, value', [('425000', 425_000), ('425k', 425_000), ('0.42M', 420_000), ('1e6', 1_000_000),
+                                         ('2.2m', 2_200_000), ('1', 1)])
+def test_counts(text, value): assert cli.parse_count(text) == value
+
+
+@pytest.mark.parametrize('text', ['', 'k', '-1', '0', '0.2', '1e400', 'nan', '4 k', '0x10', '1,000', '1M2'])
+def test_counts_that_are_refused(text):
+    with pytest.raises(ValueError, match='expected a number such as 425000, 425k, 0.42M or 1e6'): cli.parse_count(text)
+
+
+@given(st.integers(1, 10**15))
+def test_whole_numbers_are_counts(n): assert cli.parse_count(str(n)) == n
+
+
+@pytest.mark.parametrize('parse', [cli.parse_count, cli.parse_design, cli.parse_seeds])
+@given(text=st.text(max_size=20))
+def test_a_parser_returns_or_names_the_value(parse, text):
+    try: parse(text)
+    except ValueError as e: assert repr(text) in str(e) and '; expected ' in str(e)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 1000))
+def test_seeds(first, more):
+    assert cli.parse_seeds(f'{first}-{first+more}') == range(first, first+more+1)
+
+
+def test_designs():
+    assert cli.parse_design('5,64,8') == (5, 64, 8)
+    assert cli.parse_design('3,32,2-4-4') == (3, 32, (2, 4, 4))
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_every_option_has_a_help_text(name):
+    command = cli.with_help(cli.COMMANDS[name])
+    assert f'Example: ditnano {name}' in command.__doc__
+    for p in inspect.signature(command).parameters:
+        if p in ('recipe', 'config'): continue
+        texts = [getattr(m, 'help', None) for m in typing.get_args(command.__annotations__[p])[1:]]
+        assert any(texts), f'{name}: --{p} has no help text'
+
+
+@pytest.mark.parametrize('recipe', cli.RECIPE_OPTIONS)
+def test_options_of_recipes_are_those_of_the_recipes(recipe, capsys):
+    from ditnano.distill.recipes import EXTRA_MODEL, recipe_defaults
+    extra = {EXTRA_MODEL[recipe]} if recipe in EXTRA_MODEL else set()
+    fields = cli.RECIPE_OPTIONS[recipe].__dataclass_fields__
+    mine = {('clip' if k == 'fake_clip' else k): f.default for k, f in fields.items() if k not in extra}
+    assert mine == recipe_defaults(recipe)
+    with pytest.raises(SystemExit): cli.main(['train', recipe, '--help'])
+    said = capsys.readouterr().out
+    assert all(f"--{k.replace('_', '-')}" in said for k in fields) and '--student' in said and '--images' in said
+
+
+@pytest.mark.parametrize('module', ['ditnano', 'ditnano.cli'])
+def test_version_by_module(module):
+    import ditnano
+    done = subprocess.run([sys.executable, '-m', module, '--version'], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f'ditnano {ditnano.__version__}\n')
+
+
+def test_design_needs_neither_torch_nor_fcntl():
+    done = python('''
+        import sys
+        class Missing:
+            def find_spec(self, name, *_):
+                if name in ('torch', 'fcntl', 'pandas', 'matplotlib'): raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Missing())
+        from ditnano.cli import main
+        main(['design', '--max-params', '425k'])
+        main(['--help'])
+    ''')
+    assert done.returncode == 0 and '421,068' in done.stdout and 'doctor' in done.stdout, done.stderr
+
+
+MISTAKES = [('design', '--max-params', '1000'), ('design', '--max-params', 'many'), ('sample', '--seeds', 'nine'),
+            ('train', '--student', '5,64,7', '--out', 'nowhere'), ('train', '--student', '5,64', '--out', 'nowhere'),
+            ('train', 'mi1', '--layers', '3', '4', '--loss', 'L2', '--out', 'nowhere'),
+            ('train', 'ta', '--assistant', 'nobody', '--loss', 'L2', '--out', 'nowhere'),
+            ('train', 'get-model', '--steps', '2', '--out', 'nowhere'), ('sample', '--weights', 'nano-6m'),
+            ('paper', '--scale', 'huge', '--dry-run'), ('paper', '--only', 'figure_99'), ('sweep', 'nothing'),
+            ('pairs', '--teacher', 'nobody'), ('pairs', '--import-get', 'nowhere'), ('build', 'nano-9m'),
+            ('export', '--weights', 'nano-6m')]
+
+
+@pytest.mark.parametrize('words', MISTAKES, ids=' '.join)
+def test_a_mistake_is_one_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left: cli.main(list(words))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and len(said) == 1 and said[0].startswith('ditnano: ')
+    assert list(tmp_path.iterdir()) == []
+
+
+WAITING = '''
+    import time
+    from ditnano import cli
+    def doctor():
+        """Wait."""
+        print('ready', flush=True)
+        time.sleep(60)
+    cli.COMMANDS['doctor'] = doctor
+    cli.main(['doctor'])
+'''
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows ends a process without a signal')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_with_one_line(number):
+    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(WAITING)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128+number
+    assert said == 'ditnano: stopped; what was finished is kept, and the same command resumes\n'
+
+
+def test_an_error_stands_below_a_progress_bar():
+    done = python('''
+        from tqdm import tqdm
+        from ditnano import cli
+        def doctor():
+            """Fail."""
+            bar = tqdm(total=2)
+            bar.update(1)
+            raise ValueError('a value; expected another')
+        cli.COMMANDS['doctor'] = doctor
+        cli.main(['doctor'])
+    ''')
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == 'ditnano: a value; expected another'
