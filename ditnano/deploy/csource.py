@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..dit import DiT
 from ..edm import to_bytes
-from .folding import OneStep
+from .folding import FoldedDiT, OneStep
 from .native import (FORMATS, ZIG, c_source, compiler, design_header, network_parts, pad_columns, panels,
                                    run_compiler)
 from ..repro import noise_and_labels
@@ -45,7 +46,7 @@ def _design_numbers(cfg, precision):
     return FORMATS[precision],*sizes,labels,heads
 
 def weights_file(
-    model:"DiT|FoldedDiT", # Of one step
+    model:DiT|FoldedDiT, # Of one step
     precision:str='fp32',  # Of the stored matrices: 'fp32', 'fp16' or 'int8'
 )->bytes:
     "A student's weights as the C opens them: a header with design and SHA-256, then the tensors."
@@ -83,7 +84,7 @@ def _c_array(data):
     return '\n'.join(['_Alignas(64) const unsigned char student_array[] = {', ',\n'.join(rows), '};', ''])
 
 def write_source(
-    model:"DiT|FoldedDiT", # Of one step
+    model:DiT|FoldedDiT, # Of one step
     folder:"Path|str",    # An existing folder
     precision:str='fp32', # Of the stored matrices: 'fp32', 'fp16' or 'int8'
     guidance:float=1.5,   # What `main.c` takes if not told otherwise; 1 is off
@@ -216,7 +217,7 @@ def read_picture(
 # %% ../../nbs/deploy/06_csource.ipynb #69b30e23
 def compare(
     folder:"Path|str",      # From `write_source`
-    model:"DiT|FoldedDiT",  # The student
+    model:DiT|FoldedDiT,  # The student
     guidance:float=1.5,     # 1 is off
     seeds:range=range(1_000_000, 1_000_016), # Of the comparison
 )->dict: # `error` (relative, L2), `largest`, `grey_levels`, bytes `changed` `of` all; bytes of code, weights, scratch

@@ -1,5 +1,8 @@
 "The student as C: sanitizers, warnings, seeds, refused files, other processors."
-import importlib.util, shutil, subprocess, sys
+import importlib.util
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,16 @@ import pytest
 import torch
 
 from ditnano.config import DESIGNS, DiTConfig
-from ditnano.deploy.csource import PRECISIONS, TARGETS, CStudent, build, compare, read_picture, weights_file, write_source
+from ditnano.deploy.csource import (
+    PRECISIONS,
+    TARGETS,
+    CStudent,
+    build,
+    compare,
+    read_picture,
+    weights_file,
+    write_source,
+)
 from ditnano.deploy.folding import OneStep
 from ditnano.deploy.native import Native, c_source, compiler, design_header, library
 from ditnano.dit import DiT, randomize_weights
