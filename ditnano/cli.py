@@ -274,7 +274,7 @@ def build(
 # %% ../nbs/50_cli.ipynb #b5230ad8
 def sample(
     weights:str='nano-digits',    # Shipped student, or a folder
-    labels:str|None=None,    # Classes, repeated in turn, as in 3,5; default all classes
+    labels:str|None=None,    # Classes in turn by seed, as in 3,5; default all classes
     seeds:Seeds|None=None,   # First and last seed, an image each; default 40 seeds that no pair has
     guidance:float=1.5,           # Classifier-free guidance; 1 is off
     out:Path=Path('samples.png'), # Sheet to write; for any number of images .npy, .safetensors or an existing folder
@@ -291,10 +291,10 @@ def sample(
     """
     from ditnano.get import load_model
     from ditnano.lab.experiments import EVAL_SEED
-    from ditnano.sampling import sample, sample_to, save_grid
+    from ditnano.sampling import balanced_labels, sample, sample_to, save_grid
     model, seeds = load_model(weights), seeds or range(EVAL_SEED, EVAL_SEED+40)
     classes = parse_ints(labels, 'labels') if labels else range(model.cfg.classes)
-    chosen = [classes[k%len(classes)] for k in range(len(seeds))]
+    chosen = balanced_labels(seeds, classes) if classes else None
     own_device = device=='auto' and backend not in ('eager', 'compiled')
     options = dict(guidance=guidance, backend=backend, precision=precision, device=None if own_device else device)
     if out.is_dir() or out.suffix in ('.npy', '.safetensors'):
@@ -317,17 +317,17 @@ def eval(
     Example: ditnano eval --weights nano-digits --data digits32 --extractors digitsnet --samples 1000
     """
     from ditnano.get import load_model
-    from ditnano.images import load_images
     from ditnano.lab.experiments import EVAL_SEED
-    from ditnano.metrics import card, evaluate, metric_label
-    from ditnano.repro import noise_and_labels
-    from ditnano.sampling import sample
-    model, reference, names = load_model(weights), load_images(data), extractors.split(',')
+    from ditnano.metrics import SMALL_SET, card, compare_small_sets, evaluate, metric_label, reference_set
+    from ditnano.sampling import sample, sample_labels
+    model, reference, names = load_model(weights), reference_set(data), extractors.split(',')
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
-    images, labels = sample(model, seeds, guidance=guidance, device=device), noise_and_labels(seeds)[1]
+    images, labels = sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg)
     numbers = evaluate(images, labels, reference, names, loss=loss, device=device)
     for k, v in numbers.items():
         if k!='samples': print(f'{metric_label(k, samples)}: {v:.4g}')
+    for name in names if samples<SMALL_SET and hasattr(reference, 'images') else ():
+        print(', '.join(f'{k}: {v:.4g}' for k, v in compare_small_sets(images, reference, name).items()))
     made = card(samples, reference, names, loss, [seeds[0], seeds[-1]], guidance, device=device)
     if out: write_json(out, {'numbers':numbers, 'card':made})
 

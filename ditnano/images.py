@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_RATIO', 'CIFAR_CLASSES', 'MAX_MEMBER', 'MAX_MEMBERS', 'READER',
            'ImageSet', 'to_unit', 'is_junk', 'decode_picture', 'find_cifar10', 'download_cifar10', 'array_hash',
-           'read_cache', 'resize_images', 'to_grey', 'load_images', 'contact_sheet']
+           'read_cache', 'resize_images', 'to_grey', 'load_images', 'grid']
 
 # %% ../nbs/23_images.ipynb #005bdab3
-import hashlib, importlib, io, json, pickle, re, tarfile
+import hashlib, importlib, io, json, math, pickle, re, tarfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -314,18 +314,22 @@ def load_images(
     return getattr(importlib.import_module(module), function)(source, split, size, channels, skip_damaged, log)
 
 # %% ../nbs/23_images.ipynb #2107b264
-def contact_sheet(
-    images:torch.Tensor, # uint8 (N, C, R, R)
-    columns:int=10,      # Pictures in a row
-    zoom:int=1,          # Pixels on screen per pixel
+def grid(
+    images:torch.Tensor, # (N, C, R, R) uint8, 1 or 3 channels
+    columns:int=None,    # Pictures side by side; None makes the sheet about square
+    scale:int=1,         # Each pixel becomes scale x scale
+    gap:int=2,           # White pixels between pictures, before scaling
 )->Image.Image:
-    "Pictures side by side, one pixel apart."
-    images = images.cpu().expand(-1,3,-1,-1)
-    n, _, r, _ = images.shape
-    rows = -(-n//columns)
-    sheet = torch.full((3, rows*(r+1)-1, columns*(r+1)-1), 255, dtype=torch.uint8)
-    for k,im in enumerate(images):
-        i, j = divmod(k, columns)
-        sheet[:, i*(r+1):i*(r+1)+r, j*(r+1):j*(r+1)+r] = im
-    pil = Image.fromarray(sheet.permute(1,2,0).numpy())
-    return pil.resize((pil.width*zoom, pil.height*zoom), Image.NEAREST)
+    "Pictures on one sheet, row by row, on white."
+    if images.dtype!=torch.uint8 or images.ndim!=4 or images.shape[1] not in (1,3) or not len(images):
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 3, R, R) or (N, 1, R, R)")
+    columns = columns or math.ceil(len(images)**0.5)
+    if columns<1 or scale<1 or gap<0:
+        raise ValueError(f"columns={columns}, scale={scale}, gap={gap}; expected 1, 1, 0 or more")
+    n,channels,h,w = images.shape
+    sheet = np.full((-(-n//columns)*(h+gap)-gap, columns*(w+gap)-gap, channels), 255, np.uint8)
+    for k,image in enumerate(images.cpu().permute(0,2,3,1).numpy()):
+        i,j = k//columns*(h+gap), k%columns*(w+gap)
+        sheet[i:i+h, j:j+w] = image
+    sheet = sheet.repeat(scale,0).repeat(scale,1)
+    return Image.fromarray(sheet[...,0] if channels==1 else sheet)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..classifier import Classifier, load_classifier, save_classifier
 from ..config import TrainConfig, UNetConfig
 from ..edm import EDMPrecond, edm_loss, heun_sampler, load_teacher, save_teacher, to_bytes
-from ..images import ImageSet, contact_sheet, load_images, to_unit
+from ..images import ImageSet, grid, load_images, to_unit
 from ..repro import cache_dir, content_hash, derive_seed, fingerprint, noise_and_labels, weights_dir
 from ..train import fit
 from ..unet import PRESETS, SongUNet

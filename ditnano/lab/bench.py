@@ -272,7 +272,8 @@ def sheet_run(
     model, card = DiT.from_pretrained(name), json.loads((find_student(name)/'config.json').read_text()).get('card') or {}
     trained = {k:card.get(k) for k in ('scale','key','samples')} | {k:(card.get('config') or {}).get(k) for k in ('data','loss','train')}
     config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'trained':trained, 'eval':{'samples':40, 'guidance':1.5, 'judges':[], 'seed':EVAL_SEED}}
+    seeds = range(EVAL_SEED, EVAL_SEED+40)
     def compute(folder):
-        save_grid(sample(model, range(EVAL_SEED, EVAL_SEED+40), balanced_labels(40)), folder/'samples.png', columns=10, scale=2)
+        save_grid(sample(model, seeds, balanced_labels(seeds, model.cfg.classes)), folder/'samples.png', columns=10, scale=2)
         return {'metrics':card.get('metrics') or {}, 'samples':card.get('samples') or 0, 'device':fingerprint(pick_device('cpu')), 'artefacts':['samples.png']}
     return run_once(root, 'sheet', config, compute, Path(name).name, scale)

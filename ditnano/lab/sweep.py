@@ -94,10 +94,11 @@ def _write_sample_shards(student, config, folder, device):
 def _read_block(config, folder, block):
     "Images of a block of samples, once every part of it is there, and the labels that were asked for."
     import numpy as np, torch
-    from ditnano.repro import noise_and_labels
+    from ditnano.sampling import sample_labels
     parts = [(folder/'parts'/f'{n}.npy', seeds) for n,(b,seeds) in enumerate(_sample_shards(config['eval'])) if b==block]
     while not all(file.is_file() for file,_ in parts): time.sleep(0.1)
-    return torch.from_numpy(np.concatenate([np.load(file) for file,_ in parts])), torch.cat([noise_and_labels(seeds)[1] for _,seeds in parts])
+    cfg = as_student(config['student'])
+    return torch.from_numpy(np.concatenate([np.load(file) for file,_ in parts])), torch.cat([sample_labels(seeds, cfg) for _,seeds in parts])
 
 # %% ../../nbs/lab/02_sweep.ipynb #42e9ffe8
 def _block_metrics(images, labels, config, device):
@@ -132,7 +133,7 @@ def _evaluate_samples(student, config, folder, device):
     e = config['eval']
     numbers = [_block_metrics(*_read_block(config, folder, b), config, device) for b in range(e.get('blocks', 1))]
     seeds = range(e['seed'], e['seed']+min(40, e['samples']))
-    save_grid(sample(student, seeds, balanced_labels(len(seeds)), guidance=e['guidance'], device=device), folder/'samples.png', columns=10, scale=2)
+    save_grid(sample(student, seeds, balanced_labels(seeds, student.cfg.classes), guidance=e['guidance'], device=device), folder/'samples.png', columns=10, scale=2)
     write_json(folder/'evaluation.json', _evaluation_card(config, device))
     return _summarize_blocks(numbers)
 
