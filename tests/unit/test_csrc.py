@@ -436,3 +436,13 @@ def test_export_on_the_command_line(tmp_path):
     assert 'relative error' in done.stdout and 'kB' in done.stdout and (tmp_path/'c'/'build'/'host'/'student').is_file()
     done = run([*command, '--weights', tmp_path/'model', '--out', tmp_path/'model'], tmp_path)
     assert done.returncode!=0 and 'is no export to C' in done.stderr and done.stderr.count('Traceback')==0
+
+
+@needs_compiler
+def test_export_refuses_before_it_writes(tmp_path):
+    from ditnano.deploy.export import to_c
+    (tmp_path/'other').mkdir()
+    (tmp_path/'other'/'thesis.tex').write_text('')
+    with pytest.raises(ValueError, match='is no export to C'): to_c(student(SMALL), tmp_path/'other')
+    with pytest.raises(ValueError, match='expected host or one of'): to_c(student(SMALL), tmp_path/'new', targets=['z80'])
+    assert sorted(p.name for p in tmp_path.iterdir())==['other']
