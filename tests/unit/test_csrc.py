@@ -444,5 +444,6 @@ def test_export_refuses_before_it_writes(tmp_path):
     (tmp_path/'other').mkdir()
     (tmp_path/'other'/'thesis.tex').write_text('')
     with pytest.raises(ValueError, match='is no export to C'): to_c(student(SMALL), tmp_path/'other')
-    with pytest.raises(ValueError, match='expected host or one of'): to_c(student(SMALL), tmp_path/'new', targets=['z80'])
+    with pytest.raises(ValueError, match='expected host or one of'):
+        to_c(student(SMALL), tmp_path/'new', targets=['z80'])
     assert sorted(p.name for p in tmp_path.iterdir())==['other']
