@@ -69,7 +69,7 @@ def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
 
 def test_a_committed_run_comes_out_the_same_again(tmp_path):
     "The shortest of the smoke runs, computed again; skipped on another kind of device, where it may differ more."
-    from ditnano.lab.sweep import verify
+    from ditnano.lab.execute import verify
     from ditnano.repro import fingerprint
     records = {p.parent:read_result(p.parent) for p in EVIDENCE.glob('distill-*/result.json')}
     runs = {f:r for f, r in records.items() if r['scale']=='smoke'}
