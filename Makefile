@@ -87,7 +87,8 @@ docs: $(STAMP) ## The website into _docs/, from the notebooks as they are stored
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' \
 	  $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info>=(3,11) else "")')
 	$(BIN)/python docs/prepare.py
-	@$(BIN)/mkdocs build --strict --quiet --config-file _proc/mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file _proc/mkdocs.yml
+	@echo "docs: in _docs/; to read them with search: python -m http.server --directory _docs"
 
 dist: $(STAMP) ## Wheel and source archive into dist/
 	$(BIN)/python -m build --outdir dist .

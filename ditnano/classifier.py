@@ -6,15 +6,13 @@
 __all__ = ['Stage', 'Classifier', 'save_classifier', 'load_classifier']
 
 # %% ../nbs/25_classifier.ipynb #0a20c88c
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 import torch.nn.functional as F
 
-from .repro import atomic, file_hash, weights_dir, write_json
+from .repro import load_weights, save_weights, weights_dir
 
 # %% ../nbs/25_classifier.ipynb #bc1592b2
 def _conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o))
@@ -33,18 +31,19 @@ class Classifier(nn.Module):
     def __init__(self,
         width:int=32,   # Channels of the stem; the last stage has 8 times as many
         classes:int=10, # Labels
+        channels:int=3, # Of the images, 3 or 1
     ):
         super().__init__()
-        self.width, self.classes = width, classes
-        self.stem = _conv(3, width)
+        self.width, self.classes, self.channels = width, classes, channels
+        self.stem = _conv(channels, width)
         self.blocks = nn.ModuleList(Stage(width*2**k, width*2**(k+1)) for k in range(3))
         self.head = nn.Linear(width*8, classes)
 
     def stages(self, x:torch.Tensor)->list:
         "Feature maps of the stem and the three stages, images in [-1, 1]."
-        out = [F.gelu(self.stem(x))]          # (N, w, 32, 32)
+        out = [F.gelu(self.stem(x))]          # (N, w, R, R)
         for b in self.blocks: out.append(b(out[-1]))
-        return out                            # last: (N, 8w, 4, 4)
+        return out                            # last: (N, 8w, R/8, R/8)
 
     def features(self, x:torch.Tensor)->torch.Tensor:
         "Last feature map averaged over space, (N, 8w)."
@@ -61,10 +60,8 @@ def save_classifier(
     card:dict,      # What it was trained on, how, and what it reaches
 ):
     "Write config.json and model.safetensors (fp16), whole or not at all."
-    with atomic(folder) as tmp:
-        tmp.mkdir()
-        save_file({k:(v.half() if v.is_floating_point() else v).contiguous() for k,v in net.state_dict().items()}, tmp/'model.safetensors')
-        write_json(tmp/'config.json', {'class':'Classifier', 'width':net.width, 'classes':net.classes, 'card':card})
+    config = {'class':'Classifier', 'width':net.width, 'classes':net.classes, 'channels':net.channels, 'card':card}
+    save_weights(folder, config, net.state_dict(), half=True)
 
 class _Frozen(Classifier):
     "A classifier that stays in eval mode and takes no gradient in its weights."
@@ -73,15 +70,18 @@ class _Frozen(Classifier):
 # %% ../nbs/25_classifier.ipynb #0983e35b
 def load_classifier(
     name, # Name of a shipped one ('digitsnet', 'digitslens', 'cifarnet', 'cifarlens') or a folder
-)->Classifier: # Frozen, eval, float32; `.name`, `.card` and `.hash` say which
+)->Classifier: # Frozen, eval, float32; with `.name`, `.card` and `.hash`
     "Load a classifier; raises FileNotFoundError or ValueError in one line."
-    folder = weights_dir()/name if (weights_dir()/str(name)).is_dir() else Path(name)
+    folder = weights_dir()/name if (weights_dir()/str(name)).is_dir() else Path(name).expanduser()
     if not (folder/'config.json').is_file():
-        here = sorted(p.parent.name for p in weights_dir().glob('*/config.json') if '"Classifier"' in p.read_text())
-        raise FileNotFoundError(f"classifier {str(name)!r} is not available; expected a folder with config.json, or one of: {', '.join(here) or 'none shipped'}")
-    config = json.loads((folder/'config.json').read_text())
-    net = _Frozen(config['width'], config['classes'])
-    try: net.load_state_dict({k:v.float() if v.is_floating_point() else v for k,v in load_file(folder/'model.safetensors').items()})
-    except Exception as e: raise ValueError(f"classifier {str(name)!r}: {str(e).splitlines()[-1].strip()}; expected weights of Classifier({config['width']})") from None
-    net.name, net.card, net.hash = folder.name, config['card'], file_hash(folder/'model.safetensors')
+        known = [p.parent.name for p in weights_dir().glob('*/config.json') if '"Classifier"' in p.read_text(encoding='utf-8')]
+        raise FileNotFoundError(f"classifier {str(name)!r} is not available; expected a folder with config.json, "
+                                f"or one of: {', '.join(sorted(known)) or 'none shipped'}")
+    config, w = load_weights(folder)
+    try:
+        net = _Frozen(config['width'], config['classes'], config.get('channels', 3))
+        net.load_state_dict({k:v.float() if v.is_floating_point() else v for k,v in w.items()})
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"classifier {str(name)!r}: {str(e).splitlines()[-1].strip()}; expected weights of Classifier") from None
+    net.name, net.card, net.hash = folder.name, config['card'], config['sha256']
     return net.requires_grad_(False).eval()

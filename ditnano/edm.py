@@ -8,19 +8,17 @@ __all__ = ['PRECONDS', 'TEACHERS', 'READERS', 'Precond', 'EDMPrecond', 'VPPrecon
            'build_denoiser', 'save_teacher', 'check_weights', 'from_init_kwargs', 'load_teacher']
 
 # %% ../nbs/21_edm.ipynb #e295feb4
-import contextlib, importlib, json, math, warnings
+import contextlib, importlib, math, warnings
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .config import UNetConfig
-from .repro import atomic, file_hash, weights_dir, write_json
+from .repro import WEIGHT_FILES, load_weights, save_weights, weights_dir
 from .unet import NETWORKS, build_unet
 
 # %% ../nbs/21_edm.ipynb #e6a5c509
@@ -281,7 +279,6 @@ def to_bytes(
 
 # %% ../nbs/21_edm.ipynb #ff4c1434
 PRECONDS = {c.__name__:c for c in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}
-_FILES = {'config.json','model.safetensors'}
 
 def build_denoiser(
     class_name:str,       # A key of `PRECONDS`
@@ -293,10 +290,6 @@ def build_denoiser(
     with torch.device('meta') if empty else contextlib.nullcontext(): unet = build_unet(cfg)
     return PRECONDS[class_name](unet, **({'sigma_data':sigma_data} if class_name=='EDMPrecond' else {}))
 
-def _check_finite(weights, where):
-    for k,v in weights.items():
-        if not v.isfinite().all(): raise ValueError(f"{where}: {k} is not finite; expected numbers that {str(v.dtype)[6:]} can hold")
-
 # %% ../nbs/21_edm.ipynb #f4a4b58d
 def save_teacher(
     net:Precond,    # A denoiser of ours
@@ -305,19 +298,9 @@ def save_teacher(
     half:bool=True, # Store float16, half the size; frequencies and noise levels stay float32
 ):
     "Keep a teacher: its configuration, where it came from, and its weights."
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()}-_FILES):
-        raise FileExistsError(f"{folder.name}: holds other things than a teacher; expected a new folder")
-    whole = {'u', 'model.map_noise.freqs'}   # angles reach hundreds of radians
-    weights = {k:v.detach().to('cpu', torch.float16 if half and k not in whole else torch.float32).contiguous()
-               for k,v in net.state_dict().items()}
-    _check_finite(weights, folder.name)
     config = dict(class_name=type(net).__name__, unet=net.cfg.to_dict(), sigma_data=getattr(net,'sigma_data',None), card=card)
     if type(net.cfg) is not UNetConfig: config['network'] = type(net.cfg).__name__
-    with atomic(folder) as tmp:
-        tmp.mkdir()
-        write_json(tmp/'config.json', config)
-        save_file(weights, tmp/'model.safetensors')
+    save_weights(folder, config, net.state_dict(), half, whole=('u', 'model.map_noise.freqs'))   # angles reach hundreds of radians
 
 # %% ../nbs/21_edm.ipynb #27c42497
 def check_weights(
@@ -332,41 +315,36 @@ def check_weights(
             found, expected = 'missing' if got is None else got, 'no such entry' if want is None else want
             raise ValueError(f"{where}: {ascii(k)[1:-1]} is {found}; expected {expected}")
     w = {k:v.float() for k,v in w.items()}
-    _check_finite(w, where)
+    for k,v in w.items():
+        if not v.isfinite().all(): raise ValueError(f"{where}: {k} is not finite; expected numbers")
     return w
 
-def _read_weights(path, wanted):
-    where = f'{path.name}/model.safetensors'
-    try: w = load_file(path/'model.safetensors')
-    except SafetensorError as e: raise ValueError(f"{where}: damaged or cut short ({e}); expected a whole file") from None
-    return check_weights(w, wanted, where)
-
 # %% ../nbs/21_edm.ipynb #e23a28f1
-def _read_net(path):
-    "The network that `config.json` describes, with fresh weights."
+def _read_net(where, d):
+    "The network that a configuration describes, without weights."
     try:
-        d = json.loads((path/'config.json').read_text(encoding='utf-8-sig'))
         cfg = NETWORKS[d.get('network', 'UNetConfig')][0].from_dict(d['unet'])
         net = build_denoiser(d['class_name'], cfg, float(d['sigma_data'] or 0), empty=True)
         net.card = d['card']
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path.name}/config.json: {type(e).__name__} {e}; expected what save_teacher writes") from None
+        raise ValueError(f"{where}/config.json: {type(e).__name__} {e}; expected what save_teacher writes") from None
     return net
 
 # %% ../nbs/21_edm.ipynb #21a7f9ac
 TEACHERS = ('digits32','cifar16','cifar10-small','cifar10-7m','edm-cifar10-vp')
 READERS = {  # A name, an ending, or a file in a folder -> the function that reads it
     'edm-cifar10-vp':'ditnano.interop.nvidia:load_released',
-    '.pkl':'ditnano.interop.nvidia:load_released', '.pt':'ditnano.interop.nvidia:load_released', '.pth':'ditnano.interop.nvidia:load_released',
-    'model_index.json':'ditnano.interop.diffusers:load_diffusers', 'scheduler_config.json':'ditnano.interop.diffusers:load_diffusers',
-    'diffusion_pytorch_model.safetensors':'ditnano.interop.diffusers:load_diffusers',
+    **dict.fromkeys(('.pkl','.pt','.pth'), 'ditnano.interop.nvidia:load_released'),
+    **dict.fromkeys(('model_index.json','scheduler_config.json','diffusion_pytorch_model.safetensors','hf:'),
+                    'ditnano.interop.diffusers:load_diffusers'),
 }
 
 def _reader(name):
     "The function that reads a teacher in another format; None for a folder of ours."
     path = Path(name)
     files = {p.name for p in path.iterdir()} if path.is_dir() else {path.suffix}
-    key = None if files>=_FILES else next((k for k in READERS if k in files | {str(name)}), None)
+    asked = {'hf:' if str(name).startswith('hf:') else str(name)}
+    key = None if files>=set(WEIGHT_FILES) else next((k for k in READERS if k in files | asked), None)
     if key is None: return None
     module, _, function = READERS[key].partition(':')
     return getattr(importlib.import_module(module), function)
@@ -381,7 +359,7 @@ def from_init_kwargs(
 # %% ../nbs/21_edm.ipynb #e7ea6a3a
 def _teacher_folder(name):
     path = weights_dir()/f'teacher-{name}' if str(name) in TEACHERS else Path(name).expanduser()
-    missing = sorted(_FILES - ({p.name for p in path.iterdir()} if path.is_dir() else set()))
+    missing = sorted(set(WEIGHT_FILES) - ({p.name for p in path.iterdir()} if path.is_dir() else set()))
     if missing:
         raise FileNotFoundError(f"teacher {str(name)!r}: no {' and no '.join(missing)} in {path}; expected a folder made by "
                                 f"save_teacher, or one of {', '.join(TEACHERS)}")
@@ -393,9 +371,10 @@ def load_teacher(
     "A teacher, ready to sample."
     if reader := _reader(name): return reader(name)
     path = _teacher_folder(name)
-    net = _read_net(path)
-    weights = _read_weights(path, net.state_dict())
+    config, weights = load_weights(path)
+    net = _read_net(path.name, config)
+    weights = check_weights(weights, net.state_dict(), f'{path.name}/model.safetensors')
     net.to_empty(device='cpu').load_state_dict(weights)   # copied: tensors that lie in the file are not aligned
     net.name = (path if str(name) in TEACHERS else path.resolve()).name.removeprefix('teacher-')
-    net.hash = file_hash(path/'model.safetensors')
+    net.hash = config['sha256']
     return net.eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .repro import atomic, cache_dir, content_hash, data_dir, file_hash, import_guarded
+from .repro import atomic, cache_dir, content_hash, data_dir, file_hash, import_guarded, is_system_file
 
 # %% ../nbs/23_images.ipynb #56327e13
 @dataclass(frozen=True, eq=False)
@@ -53,9 +53,8 @@ MAX_PIXELS, MIN_SIDE, MAX_RATIO = 50_000_000, 4, 20   # of one picture; longer o
 def is_junk(
     name:str, # Relative path of a file
 )->bool:
-    "Whether an operating system or an editor left this file: hidden files, Thumbs.db, __MACOSX."
-    parts = name.split('/')
-    return any(p.startswith('.') or p=='__MACOSX' for p in parts) or parts[-1].lower() in ('thumbs.db','desktop.ini')
+    "Whether an operating system or an archiver left this file, or the folder it lies in."
+    return any(is_system_file(p) for p in name.split('/'))
 
 def _to_rgb(name, im):
     "Any mode of Pillow as RGB: alpha over white, 16 bits rounded to 8."

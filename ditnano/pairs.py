@@ -8,7 +8,7 @@ __all__ = ['DTYPES', 'CHECKS', 'MAX_OPEN', 'ROWS_PER_READ', 'teacher_hash', 'pai
            'find_imported_pairs', 'teacher_record', 'ensure_pairs']
 
 # %% ../nbs/24_pairs.ipynb #bf074612
-import contextlib, copy, errno, hashlib, json, mmap, time
+import copy, errno, json, mmap, time
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from . import edm
 from .config import PRECISIONS
-from .repro import (atomic, cache_dir, content_hash, data_dir, exact_convolutions, file_hash, noise_and_labels, pick_device,
-                           weights_dir, write_json)
+from .repro import (atomic, cache_dir, content_hash, data_dir, exact_convolutions, file_hash, lock, noise_and_labels,
+                           pick_device, read_json, state_hash, verified_hash, weights_dir, write_json)
 
 # %% ../nbs/24_pairs.ipynb #1de8d5b1
 def teacher_hash(
@@ -32,12 +32,7 @@ def teacher_hash(
     network = isinstance(net, torch.nn.Module)
     if getattr(net, 'hash', None) and not (network and any(p.requires_grad for p in net.parameters())): return net.hash
     if not network: raise ValueError(f"teacher {type(net).__name__}: no attribute hash; expected one that names its content")
-    h = hashlib.sha256(f"{type(net).__name__} {getattr(net,'sigma_data',None)}".encode())
-    for k,v in sorted(net.state_dict().items()):
-        v = v.detach().cpu().contiguous()
-        h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
-        h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
+    return state_hash(net.state_dict(), f"{type(net).__name__} {getattr(net,'sigma_data',None)}")
 
 # %% ../nbs/24_pairs.ipynb #604255eb
 def pairs_recipe(
@@ -156,10 +151,10 @@ def read_manifest(
     path = Path(folder)/'manifest.json'
     if not path.is_file(): raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_get_pairs")
     try:
-        m = json.loads(path.read_text(encoding='utf-8-sig'))
+        m = read_json(path)
         m['recipe']['teacher']['sha256'], m['layout']['shard'], m['seeds'][1]
         [(s['file'], s['seeds'][1], s['bytes'], s['sha256']) for s in m['shards']]
-    except (ValueError, KeyError, IndexError, TypeError): raise ValueError(f"{path}: not a manifest of pairs") from None
+    except (KeyError, IndexError, TypeError): raise ValueError(f"{path}: not a manifest of pairs") from None
     return m
 
 # %% ../nbs/24_pairs.ipynb #5eca1040
@@ -183,17 +178,6 @@ def _open_manifest(out, recipe, layout, a, b):
     return m | {'seeds':[min(a,lo), max(b,hi)]}
 
 # %% ../nbs/24_pairs.ipynb #cbb1792a
-@contextlib.contextmanager
-def _folder_lock(folder):
-    "Hold the folder's lock; the system frees it when a process dies."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'.lock','w') as f:
-        with contextlib.suppress(ImportError): # no fcntl on Windows: there one process at a time is the user's care
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)
-        for p in folder.glob('.*.tmp'): p.unlink(missing_ok=True)
-        yield
-
 def frozen_copy(
     teacher, # A network, left as it is; any other denoiser is returned
     device,  # Where it shall draw
@@ -244,7 +228,7 @@ def write_pairs(
 )->Path: # The folder
     "Make the missing shards of a folder, one after the other, each followed by its manifest."
     _open_manifest(out, recipe, layout, a, b)   # refuses before the folder is made
-    with _folder_lock(out):
+    with lock(out/'.lock', message=f'pairs {out.name}'):
         m = _open_manifest(out, recipe, layout, a, b)
         here = [s for s in m['shards'] if (out/s['file']).is_file() and (out/s['file']).stat().st_size==s['bytes']]
         todo = _missing(here, *m['seeds'], layout['shard'])
@@ -279,17 +263,13 @@ def map_safetensors(
 # %% ../nbs/24_pairs.ipynb #54dbc368
 CHECKS = ('size','hash',None)
 
-def _check_hash(path, record):
-    if file_hash(path)!=record['sha256']:
-        raise ValueError(f"{path}: content differs from the manifest's sha256; altered; remove it and run make_pairs again")
-
 def _check_shard(path, record, check):
     a, b = record['seeds']
     if not path.is_file(): raise FileNotFoundError(f"{path}: the shard of seeds {a}-{b-1} is missing; run make_pairs (or import_get_pairs) again")
     if check is None: return
     size = path.stat().st_size
     if size!=record['bytes']: raise ValueError(f"{path}: {size:,} bytes, expected {record['bytes']:,}; cut short or altered")
-    if check=='hash': _check_hash(path, record)
+    if check=='hash': verified_hash(path, record['sha256'])
 
 # %% ../nbs/24_pairs.ipynb #ef139e39
 def _shard_path(folder, record): return Path(folder)/Path(record['file']).name
@@ -346,14 +326,13 @@ class _ShardReader:
     "The files of a set, each mapped when it is needed, the least recently used let go, each hash compared at first touch."
     def __init__(self, paths, records, shape, verify):
         self.paths, self.records, self.shape, self.verify = paths, records, tuple(shape), verify
-        self.open, self.verified = OrderedDict(), set()
+        self.open = OrderedDict()
 
     def arrays(self, k):
         if k in self.open:
             self.open.move_to_end(k)
             return self.open[k][0]
-        if self.verify and k not in self.verified: _check_hash(self.paths[k], self.records[k])
-        self.verified.add(k)
+        if self.verify: verified_hash(self.paths[k], self.records[k]['sha256'])   # once per process
         arrays, m = map_safetensors(self.paths[k])
         n, got = self.records[k]['count'], {name:a.shape for name,a in arrays.items()}
         want = {'x':(n,*self.shape), 'y':(n,)} | ({'z':(n,*self.shape)} if 'z' in got else {})

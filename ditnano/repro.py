@@ -6,18 +6,32 @@
 __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'content_hash',
            'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json', 'is_system_file',
            'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock', 'cache_dir', 'data_dir',
-           'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir', 'pick_device', 'exact_convolutions',
-           'import_guarded', 'library_versions', 'code_version', 'fingerprint']
+           'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir', 'list_models', 'pick_device',
+           'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
-import contextlib, errno, hashlib, importlib, json, math, os, platform, re, secrets, shutil, stat, subprocess, sys, time
+import contextlib
+import errno
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING: import torch
+if TYPE_CHECKING:
+    import torch
 
 # %% ../nbs/00_repro.ipynb #712949eb
 def sample_generator(
@@ -222,11 +236,13 @@ def is_system_file(
 # %% ../nbs/00_repro.ipynb #dcabb342
 WEIGHT_FILES = ('config.json','model.safetensors')
 
-def _check_tensors(tensors, half):
+def _check_tensors(tensors, half, whole):
     "Contiguous copies on the CPU, floats as float32 or float16; a value that is not finite is an error."
     import torch
-    kind = torch.float16 if half else torch.float32
-    out = {k:v.detach().to('cpu', kind if v.is_floating_point() else v.dtype).contiguous() for k,v in tensors.items()}
+    def kind(k, v):
+        if not v.is_floating_point(): return v.dtype
+        return torch.float16 if half and k not in whole else torch.float32
+    out = {k:v.detach().to('cpu', kind(k, v)).contiguous() for k,v in tensors.items()}
     for k,v in out.items():
         if not v.isfinite().all(): raise ValueError(f"{k}: not finite{' in float16' if half else ''}; nothing saved")
     return out
@@ -237,6 +253,7 @@ def save_weights(
     tensors:"dict[str,torch.Tensor]", # Name -> tensor
     half:bool=False,                  # Floats as float16, else as float32
     metadata:dict[str,str]|None=None, # For the head of the safetensors file
+    whole:tuple[str,...]=(),          # Names that stay float32 with `half`
 )->Path: # The folder
     "Write `config.json` and `model.safetensors`, both or neither."
     from safetensors.torch import save_file
@@ -245,7 +262,7 @@ def save_weights(
         there = [p.name for p in folder.iterdir()] if folder.is_dir() else [folder.name]
         other = sorted(n for n in there if n not in WEIGHT_FILES and not is_system_file(n))
         if other: raise ValueError(f"{folder.name}: holds {other[0]}; expected a new folder, or one with weights alone")
-    tensors = _check_tensors(tensors, half)
+    tensors = _check_tensors(tensors, half, whole)
     with atomic(folder) as tmp:
         tmp.mkdir()
         save_file(tensors, tmp/'model.safetensors', metadata=metadata)
@@ -302,7 +319,8 @@ def _lock_owner(lease):
     return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else 'another process'
 
 def _lock_lost(loss):
-    warnings.warn(f"{loss.lock_file}: the lock was lost ({loss.reason}); another process may write the same folder")
+    risk = "another process may write the same folder"
+    warnings.warn(f"{loss.lock_file}: the lock was lost ({loss.reason}); {risk}", stacklevel=2)
 
 @contextlib.contextmanager
 def lock(
@@ -376,6 +394,22 @@ def figures_dir()->Path: # `DITNANO_FIGURES`, or `paper_figures` in the checkout
     "Folder of tables, figures, and the evidence behind them."
     env = os.environ.get('DITNANO_FIGURES')
     return Path(env).expanduser() if env else repo_root()/'paper_figures'
+
+# %% ../nbs/00_repro.ipynb #8806eb06
+def _model_kind(folder):
+    "What a folder of weights holds: 'student', 'teacher', 'classifier', or None."
+    config = read_config(folder)
+    if 'class_name' in config: return 'teacher'
+    return {'DiT':'student', 'GET':'student', 'Classifier':'classifier'}.get(config.get('class'))
+
+def list_models(
+    kind:str='student', # 'student', 'teacher' or 'classifier'
+)->list[str]: # Names that from_pretrained, load_teacher or load_classifier take
+    "The trained networks that came with the package; no weights are read."
+    kinds = ('student','teacher','classifier')
+    if kind not in kinds: raise ValueError(f"kind {kind!r}: expected one of {', '.join(kinds)}")
+    folders = sorted(p.parent for p in weights_dir().glob('*/model.safetensors'))
+    return [p.name.removeprefix('teacher-') for p in folders if _model_kind(p)==kind]
 
 # %% ../nbs/00_repro.ipynb #85dbcc13
 def pick_device(

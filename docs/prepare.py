@@ -1,6 +1,6 @@
 """Write the pages of the website from the notebooks: hidden cells left out, links kept, an API page for each module.
 
-    python docs/prepare.py     # from the repository's folder; then: mkdocs build --strict --config-file _proc/mkdocs.yml
+`make docs` runs it from the repository's folder, then `mkdocs build` with the `_proc/mkdocs.yml` that is written here.
 """
 import importlib
 import inspect
@@ -20,6 +20,7 @@ FOLDERS = {'':'Chapters', 'distill':'Distill', 'interop':'Interop', 'deploy':'De
            'tutorials':'Tutorials', 'experiments':'Experiments', 'paper':'Tables and figures'}
 FILES = ['LICENSE', 'CONTRIBUTING.md', 'CHANGELOG.md', 'README.md', 'paper_figures', 'ditnano/weights']
 HIDDEN = re.compile(r'#\|\s*(hide|default_exp)\b|.*nbdev_export\(', re.S)
+LINK = re.compile(r'\]\(([^)\s]+)\)')
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 
 
@@ -30,7 +31,7 @@ def notebooks():
 
 
 def moved(target, page):
-    "A link of a page of nbs/, as a link of the site; links to files that the site lacks stay, and the build reports them."
+    "A link of a page of nbs/, as a link of the site; the build reports links to files that the site lacks."
     path, hash_, anchor = target.partition('#')
     if not path or re.match(r'\w+:', path): return target
     file = (NBS/page).parent.joinpath(path).resolve()
@@ -50,10 +51,20 @@ def visible(nb):
     return nb
 
 
+def joined(found):
+    "Lines that were printed one by one become one output; the error stream is not shown."
+    out = []
+    for o in found:
+        if o.output_type == 'stream' and o.name == 'stderr': continue
+        if o.output_type == 'stream' and out and out[-1].output_type == 'stream': out[-1].text += o.text
+        else: out.append(o)
+    return out
+
+
 def outputs(cell, exporter, name):
     "A cell's outputs as Markdown, and the files that they need."
     if not cell.get('outputs'): return '', {}
-    alone = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('', outputs=cell.outputs)])
+    alone = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('', outputs=joined(cell.outputs))])
     body, resources = exporter.from_notebook_node(alone, resources={'unique_key':name, 'output_files_dir':'files'})
     body = re.sub(r'^```(?:python)?\n*```\n*', '', body.strip()).strip('\n')
     body = re.sub(r'<style scoped>.*?</style>', '', body, flags=re.S)
@@ -65,7 +76,7 @@ def page_of(path, page):
     exporter, parts = MarkdownExporter(), []
     nb = visible(nbformat.read(path, 4))
     for k, c in enumerate(nb.cells):
-        if c.cell_type == 'markdown': parts.append(re.sub(r'\]\(([^)\s]+)\)', lambda m: f']({moved(m[1], page)})', c.source))
+        if c.cell_type == 'markdown': parts.append(LINK.sub(lambda m: f']({moved(m[1], page)})', c.source))
         if c.cell_type != 'code': continue
         text, files = outputs(c, exporter, f'{path.stem}_{k}')
         if c.metadata['echo'] and c.source: parts.append(f'```python\n{c.source}\n```')
@@ -96,7 +107,7 @@ def api(name):
 
 def section(title, thing):
     level = '###' if '.' in title else '##'
-    line = (inspect.getdoc(thing) or '').split('\n')[0]
+    line = (thing.__doc__ or '').strip().split('\n')[0]
     try: signature = re.sub(r'<[^>]*>', '...', str(inspect.signature(thing)))
     except (TypeError, ValueError): signature = ''
     try: table = DocmentTbl(thing)._repr_markdown_()

@@ -7,15 +7,16 @@ __all__ = ['REQUIRES', 'INSTALL', 'SUPPORTED_PRECISIONS', 'CHUNK', 'ENGINES', 'a
            'CudaGraphModule']
 
 # %% ../../nbs/deploy/03_engines.ipynb #b739cb70
-import importlib, importlib.util
+import importlib
+import importlib.util
 
 import numpy as np
 import torch
 
-from ..dit import check_inputs
 from .folding import OneStep
 from .graph import build_onnx_model, one_step_graph
 from .native import Native, compiler
+from ..dit import check_inputs
 
 
 # %% ../../nbs/deploy/03_engines.ipynb #a7e4d984

@@ -6,11 +6,12 @@
 __all__ = ['NOISE_TIMESTEP', 'FoldedDiT', 'fold', 'OneStep']
 
 # %% ../../nbs/deploy/00_folding.ipynb #cbf8b1a5
-import copy, math
+import copy
+import math
 
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 from ..dit import DiT, check_inputs
 from ..layers import patchify, unpatchify

@@ -10,7 +10,18 @@ __all__ = ['RUNTIMES', 'INSTALL', 'TRTEXEC', 'OPTIONS', 'PARITY_TOLERANCE', 'RUN
            'frame_time', 'table_row', 'make_images', 'main']
 
 # %% ../../nbs/deploy/05_runner.ipynb #19c94aae
-import argparse, ctypes, hashlib, importlib, importlib.util, json, os, platform, re, shutil, subprocess, sys
+import argparse
+import ctypes
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 
@@ -24,7 +35,7 @@ def read_card(
     "The bundle's card."
     made = "expected a folder made by ditnano export --bundle"
     try:
-        with open(os.path.join(folder, 'card.json'), encoding='utf-8') as f: card = json.load(f)
+        with open(os.path.join(folder, 'card.json'), encoding='utf-8-sig') as f: card = json.load(f)
     except FileNotFoundError: raise UserError(f"no card.json here, and no latency without a card; {made}") from None
     except ValueError: raise UserError("card.json is damaged; copy the folder again") from None
     required = ('design','weights','guidance','shape','labels','files')

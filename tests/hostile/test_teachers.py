@@ -143,21 +143,34 @@ def reweigh(folder, change):
     w = load_file(folder/'model.safetensors')
     change(w)
     save_file(w, folder/'model.safetensors')
+    edit(folder)
 
 
-def edit(folder, **kw): (folder/'config.json').write_text(json.dumps(json.loads((folder/'config.json').read_text()) | kw))
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data)//2] ^= 1
+    path.write_bytes(data)
+
+
+def edit(folder, **kw):
+    "Change the configuration as a person would who knows that its hashes must go."
+    d = json.loads((folder/'config.json').read_text())
+    for k in ('sha256','config_sha256'): d.pop(k, None)
+    (folder/'config.json').write_text(json.dumps(d | kw))
 
 
 DAMAGE = [
     (FileNotFoundError, 'no model.safetensors in', lambda f: (f/'model.safetensors').unlink()),
-    (ValueError, 'damaged or cut short', lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:-1000])),
+    (ValueError, 'damaged or altered', lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:-1000])),
+    (ValueError, 'damaged or altered', lambda f: flip(f/'model.safetensors')),
+    (ValueError, 'damaged or altered|not JSON', lambda f: flip(f/'config.json')),
     (ValueError, r'map_label.weight is \(8, 10\); expected \(24, 10\)', lambda f: edit(f, unet=replace(TINY, model_channels=24).to_dict())),
     (ValueError, r'map_layer1.bias is missing; expected \(32,\)', lambda f: reweigh(f, lambda w: w.pop('model.map_layer1.bias'))),
     (ValueError, r'more is \(2,\); expected no such entry', lambda f: reweigh(f, lambda w: w.update(more=torch.zeros(2)))),
     (ValueError, 'is not finite', lambda f: reweigh(f, lambda w: w['model.map_layer1.bias'].fill_(math.nan))),
     (ValueError, "unknown key 'depth'", lambda f: edit(f, unet={'depth':3})),
     (ValueError, "KeyError 'Nonesuch'", lambda f: edit(f, class_name='Nonesuch')),
-    (ValueError, 'config.json: JSONDecodeError', lambda f: (f/'config.json').write_text('{')),
+    (ValueError, 'config.json: not JSON', lambda f: (f/'config.json').write_text('{')),
 ]
 
 
@@ -174,10 +187,10 @@ def test_nothing_else_is_overwritten_and_nothing_infinite_is_saved(tmp_path):
     with pytest.raises(FileNotFoundError, match="teacher 'nobody': no config.json and no model.safetensors"): load_teacher('nobody')
     (tmp_path/'precious').mkdir()
     (tmp_path/'precious'/'thesis.txt').write_text('draft')
-    with pytest.raises(FileExistsError, match='precious: holds other things than a teacher'): save_teacher(teacher(), tmp_path/'precious', {})
+    with pytest.raises(ValueError, match='precious: holds thesis.txt; expected a new folder'): save_teacher(teacher(), tmp_path/'precious', {})
     huge = teacher()
     huge.model.map_layer0.bias.data.fill_(1e6)
-    with pytest.raises(ValueError, match='expected numbers that float16 can hold'): save_teacher(huge, tmp_path/'huge', {})
+    with pytest.raises(ValueError, match='not finite in float16; nothing saved'): save_teacher(huge, tmp_path/'huge', {})
     assert not (tmp_path/'huge').exists() and (tmp_path/'precious'/'thesis.txt').exists()
 
 

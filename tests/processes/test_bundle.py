@@ -1,5 +1,9 @@
 "A bundle on its device: a fresh Python in the folder, without this package, with one line for each error."
-import json, os, shutil, subprocess, sys
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np

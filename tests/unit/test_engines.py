@@ -1,5 +1,8 @@
 "Every runtime computes what the student computes; TensorRT and CUDA graphs are checked with stand-ins."
-import ctypes, math, sys, types
+import ctypes
+import math
+import sys
+import types
 
 import pytest
 import torch

@@ -9,8 +9,17 @@ pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
 from ditnano.config import DiTConfig
-from ditnano.deploy.export import (MAX_RELATIVE_ERROR, bundle, describe, file_images, open_file, parity, to_onnx,
-                                   to_openvino, weights_hash)
+from ditnano.deploy.export import (
+    MAX_RELATIVE_ERROR,
+    bundle,
+    describe,
+    file_images,
+    open_file,
+    parity,
+    to_onnx,
+    to_openvino,
+    weights_hash,
+)
 from ditnano.deploy.runner import UserError
 from ditnano.dit import DiT, randomize_weights
 from ditnano.repro import file_hash
@@ -132,6 +141,14 @@ def test_a_file_accepts_what_its_card_allows(tmp_path):
              (z, y[:1], r'labels have shape \(1,\)'))
     for noise, labels, message in wrong:
         with pytest.raises(UserError, match=message): run(noise, labels)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    bundle(student(SMALL), '~/device', precisions=('fp32',), images=1)
+    to_onnx(student(SMALL), '~/x.onnx')
+    assert open_file('~/x.onnx') and sorted(p.name for p in tmp_path.iterdir())==['device','x.onnx']
 
 
 def test_a_bundle_replaces_bundles_and_empty_folders_only(tmp_path):

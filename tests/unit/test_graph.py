@@ -5,8 +5,16 @@ import torch
 
 from ditnano.config import DiTConfig
 from ditnano.deploy.folding import fold
-from ditnano.deploy.graph import (OPSETS, Graph, best_quantization_scale, build_onnx_model, calibrate, one_step_graph,
-                                  quantize_int8, table)
+from ditnano.deploy.graph import (
+    OPSETS,
+    Graph,
+    best_quantization_scale,
+    build_onnx_model,
+    calibrate,
+    one_step_graph,
+    quantize_int8,
+    table,
+)
 from ditnano.dit import DiT, forward_with_cfg, randomize_weights
 from ditnano.repro import noise_and_labels
 

@@ -1,14 +1,35 @@
 "The program of a bundle: inputs, runtimes and trtexec, with programs and modules in place of the board's."
-import ctypes, json, sys, types
+import ctypes
+import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ditnano.deploy import jetson, runner
-from ditnano.deploy.runner import (Cuda, TensorRT, UserError, available_runtimes, bench_command, build_engine, check,
-                                   check_file, choose_runtime, frame_time, graph_file, make_images, model_file,
-                                   parse_version, read_card, table_row, tensorrt_command, time_batch, trtexec_version)
+from ditnano.deploy.runner import (
+    Cuda,
+    TensorRT,
+    UserError,
+    available_runtimes,
+    bench_command,
+    build_engine,
+    check,
+    check_file,
+    choose_runtime,
+    frame_time,
+    graph_file,
+    make_images,
+    model_file,
+    parse_version,
+    read_card,
+    table_row,
+    tensorrt_command,
+    time_batch,
+    trtexec_version,
+)
 
 CARD = {'design':{'depth':5,'width':64,'heads':8}, 'weights':'0'*16, 'guidance':1.5, 'shape':[3,8,8], 'labels':10,
         'files':{'fp32':{'file':'fp32.onnx'}, 'fp16':{'file':'fp16.onnx'}}}
@@ -24,7 +45,8 @@ def test_inputs_are_checked():
     for noise, labels, message in (
             (NOISE, [0,11], 'label 11; expected 0 to 10'), (NOISE, [0,-1], 'label -1'),
             (NOISE[:,:1], LABELS, r'\(N, 3, 8, 8\)'), (NOISE, LABELS[:1], r'expected \(2,\)'),
-            (NOISE, LABELS/2, 'whole numbers'), (NOISE+np.nan, LABELS, 'not finite'), (NOISE.astype(int), LABELS, 'noise is int64')):
+            (NOISE, LABELS/2, 'whole numbers'), (NOISE+np.nan, LABELS, 'not finite'),
+            (NOISE.astype(int), LABELS, 'noise is int64')):
         with refused(message): check(noise, labels, CARD)
 
 
@@ -33,6 +55,11 @@ def test_inputs_are_checked():
 def test_cards(tmp_path, text, message):
     if text is not None: (tmp_path/'card.json').write_text(text)
     with refused(message): read_card(tmp_path)
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path):
+    (tmp_path/'card.json').write_text(json.dumps(CARD), encoding='utf-8-sig')
+    assert read_card(tmp_path)==CARD
 
 
 def test_files_are_compared_with_their_hash(tmp_path):
@@ -206,7 +233,7 @@ def test_images():
 
 
 def test_frame_time_is_that_of_batch_one(tmp_path):
-    watch = {n:jetson.watch(tmp_path, every=.02, sources=()) for n in (1, 2)}
+    watch = {n:jetson.watch(tmp_path, every=.02) for n in (1, 2)}
     one, two = (time_batch(Identity(), CARD, 'fp32', n, .05, 0, watch[n]) for n in (1, 2))
     frame = frame_time(one)
     assert 0<frame['p50_ms']<=frame['p99_ms'] and frame['frames']==len(one.seconds) and frame_time(two)=={}
