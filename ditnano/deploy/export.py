@@ -64,7 +64,7 @@ def open_file(
     path:str|os.PathLike, # .onnx, .xml or .engine
 ): # f(noise, labels) -> images, numpy
     "A file in its runtime; wrong shapes and labels are refused by the file's own card, altered files by their hash."
-    path, suffixes = Path(path), ', '.join(RUNTIMES)
+    path, suffixes = Path(path).expanduser(), ', '.join(RUNTIMES)
     if path.suffix not in RUNTIMES: raise ValueError(f"{path.name}: expected a file with the suffix {suffixes}")
     if not path.is_file(): raise FileNotFoundError(f"no file {path.name} in {path.parent.name or '.'}")
     make, package = RUNTIMES[path.suffix]
@@ -116,7 +116,7 @@ def describe(
     path:str|os.PathLike, # .onnx or .xml
 )->dict: # Empty if it has no card
     "The card in a file, after its hash was compared."
-    path, found, content = Path(path), None, None
+    path, found, content = Path(path).expanduser(), None, None
     if path.suffix=='.onnx':
         _require('onnx')
         import onnx
@@ -213,7 +213,7 @@ def to_openvino(
     path = Path(path)
     if path.suffix!='.xml': raise ValueError(f"{path.name}: expected a name that ends in .xml")
     if precision not in ('fp32','fp16'): raise ValueError(f"precision {precision!r}; expected fp32 or fp16")
-    graph, path = one_step_graph(model, 'fp32', guidance), path.resolve()
+    graph, path = one_step_graph(model, 'fp32', guidance), path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as d:
         part = Path(d)/path.name
@@ -331,7 +331,7 @@ def bundle(
 )->dict: # The card
     "One folder to copy to a device, where `python run.py` checks and times it."
     _require('onnx')
-    folder, c = Path(folder).resolve(), model.cfg
+    folder, c = Path(folder).expanduser().resolve(), model.cfg
     _check_bundle_folder(folder)
     seeds = _first_seeds(-(-images//batch)*batch if batch else images)
     with atomic(folder) as tmp:
