@@ -272,7 +272,7 @@ def build(
 
     Example: ditnano build digitsnet
     """
-    from ditnano.lab.shipping import build_shipped
+    from ditnano.lab.artefacts import build_shipped
     from ditnano.lab.execute import TimeLimitReached
     try: made = build_shipped(name, device, minutes=_minutes_left(minutes))
     except TimeLimitReached as e: return print(f'{name}: {e}')
