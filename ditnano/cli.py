@@ -272,7 +272,7 @@ def build(
 
     Example: ditnano build digitsnet
     """
-    from ditnano.lab.shipping import build_shipped
+    from ditnano.lab.artefacts import build_shipped
     from ditnano.lab.execute import TimeLimitReached
     try: made = build_shipped(name, device, minutes=_minutes_left(minutes))
     except TimeLimitReached as e: return print(f'{name}: {e}')
@@ -346,7 +346,7 @@ def _training_loss(model):
 # %% ../nbs/50_cli.ipynb #d9691b90
 def export(
     weights:str='nano-digits',   # Shipped student, or a folder
-    format:Literal['onnx','openvino']='onnx', # Of the file
+    format:Literal['onnx','openvino','c']='onnx', # Of the file; c is a folder of source
     precision:Literal['fp32','fp16','int8']='fp32', # Of the numbers in the file
     guidance:float=1.5,          # Written into the graph; 1 is off
     batch:int|None=None,    # Images at once; default open
@@ -354,6 +354,8 @@ def export(
     out:Path|None=None,     # File to write; default the student's name
     bundle:Path|None=None,  # Write a folder for a device instead: graphs, runner and inputs
     jetpack5:bool=False,         # With --bundle: graphs for TensorRT 8.5 too
+    target:str='',               # For c: build for host, aarch64-linux, armv7-linux, x86_64-windows, ..., or several
+    array:bool=False,            # For c: also the weights as a C array
     quality:int=0,               # Compare so many images of the file and of the student with real ones
     extractor:str='digitsnet',   # By this feature extractor
     data:str='digits32',         # With these images
@@ -363,15 +365,21 @@ def export(
     Example: ditnano export --format onnx --precision int8 --out nano.onnx
 
     Example: ditnano export --bundle device/
+
+    Example: ditnano export --format c --target aarch64-linux --out student_c
     """
     from ditnano.deploy.export import bundle as write_bundle
     from ditnano.deploy.export import quality as compare_quality
-    from ditnano.deploy.export import to_onnx, to_openvino
+    from ditnano.deploy.export import to_c, to_onnx, to_openvino
     from ditnano.dit import DiT
     model, name = DiT.from_pretrained(weights), Path(weights).name
     if bundle:
         made = write_bundle(model, bundle, name, guidance, batch=batch, jetpack5=jetpack5)
         return print(f"{bundle}: {made['run']}, there or on the device")
+    if format=='c':
+        out = out or Path(f'{name}_c')
+        card = to_c(model, out, precision, guidance, array, [t for t in target.split(',') if t])
+        return print('\n'.join([f'{out}: make, then ./student --help', *card['programs'].values()]))
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
     if format=='onnx': made = to_onnx(model, out, precision, guidance, batch, opset)
     else: made = to_openvino(model, out, precision, guidance, batch)
