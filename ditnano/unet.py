@@ -282,9 +282,9 @@ class ADMBlock(nn.Module):
 class ADMConfig(UNetConfig):
     "Sizes of ADM; the defaults are the ImageNet teacher at 64 pixels, 295.9M parameters."
     model_channels:int=192
-    channel_mult:tuple=(1,2,3,4)
+    channel_mult:tuple[int,...]=(1,2,3,4)
     num_blocks:int=3
-    attn_resolutions:tuple=(32,16,8)
+    attn_resolutions:tuple[int,...]=(32,16,8)
     dropout:float=0.1
     augment_dim:int=0
     label_dim:int=1000

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ditnano.images import contact_sheet, decode_picture, load_images
+from ditnano.images import decode_picture, load_images
 from ditnano.interop.pictures import held_out
 
 PHOTOS = load_sample_images().images
@@ -146,7 +146,6 @@ def test_flat_folder_grey_and_sizes(tmp_path):
     data = load_images(folder, size=16, channels=1)
     assert data.images.shape[1:] == (1,16,16) and data.classes == ('flat',) and data.name == 'flat@16-grey'
     assert load_images(folder).images.shape[1:] == (3,20,20) and data.hash != load_images(folder, size=16).hash
-    assert contact_sheet(data.images[:4], columns=4).size == (16*4+3, 16)
     digits = load_images('digits32', channels=1)
     assert digits.images.shape[1] == 1 and torch.equal(digits.images[:,0], load_images('digits32').images[:,0])
 
