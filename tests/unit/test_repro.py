@@ -1,5 +1,10 @@
 "Randomness, files, locks and the fingerprint: what other rooms rely on."
-import json, os, stat, subprocess, sys, threading
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -7,8 +12,20 @@ import pytest
 import torch
 
 from ditnano import repro
-from ditnano.repro import (atomic, code_version, load_weights, lock, noise_and_labels, read_json, remove_leftovers,
-                           sample_generator, save_weights, state_hash, verified_hash, write_json)
+from ditnano.repro import (
+    atomic,
+    code_version,
+    load_weights,
+    lock,
+    noise_and_labels,
+    read_json,
+    remove_leftovers,
+    sample_generator,
+    save_weights,
+    state_hash,
+    verified_hash,
+    write_json,
+)
 
 root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid()==0, reason='root may read everything')
 
@@ -288,7 +305,8 @@ def test_an_account_without_a_home(tmp_path):
             "    except RuntimeError as e: print(e)\n")
     empty = dict(DITNANO_CACHE='', DITNANO_DATA='', TORCH_HOME='', XDG_CACHE_HOME='', HOME='')
     wanted = 'home folder: none; expected {} or HOME to be set'
-    assert python(code, **empty).stdout.splitlines() == [*[wanted.format('DITNANO_CACHE')]*2, wanted.format('TORCH_HOME')]
+    expected = [wanted.format(name) for name in ('DITNANO_CACHE', 'DITNANO_CACHE', 'TORCH_HOME')]
+    assert python(code, **empty).stdout.splitlines() == expected
     given = empty | dict(DITNANO_CACHE='/c', TORCH_HOME='/t')
     assert python(code, **given).stdout.splitlines() == ['/c', str(Path('/c/data')), '/t']
 
