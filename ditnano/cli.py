@@ -393,13 +393,13 @@ def _print_quality(q):
 
 # %% ../nbs/50_cli.ipynb #8214a6fc
 def bench(
-    what:tyro.conf.Positional[Literal['tables','sampling','train','pairs','recipes']]='tables', # What is timed
+    what:tyro.conf.Positional[Literal['tables','sampling','frame','record','train','pairs','recipes']]='tables', # Timed
     students:tuple[Design,...]=((5, 64, 8), (7, 192, 12)), # Designs (tables takes the paper's)
     batch:int|None=None,       # Images at once; default 128 for sampling, 32 for training
     rounds:int=3,                   # Rounds of all sides; seconds for each recipe
     backends:str='eager,native,openvino', # Ways of sampling; also compiled, onnxruntime, tensorrt
     precisions:str='fp32,bf16',     # Of sampling; also fp16
-    guidance:float=1.0,             # Of sampling; 1 is off
+    guidance:float|None=None,       # 1 is off; default 1.5 for frame and record, 1 for sampling
     loss:str='L2',                  # Of training, on all sides
     teacher:str='digits32',         # Of pairs
     device:str='auto',              # Where: auto, cpu, cuda or mps
@@ -409,18 +409,26 @@ def bench(
 
     Example: ditnano bench --out bench.csv
 
+    frame times single guided images; record writes a latency of PyTorch as a record into the folder of runs.
+
     Example: ditnano bench sampling --students 7,192,12 --backends native,openvino
+
+    Example: ditnano bench record --batch 1024 --precisions fp32,bf16 --device cuda
     """
-    from ditnano.lab.bench import TABLE_2, bench_models, bench_pairs, bench_recipes, bench_tables, bench_train
-    ways = backends.split(',')
+    from ditnano.lab import bench as b
+    ways, kinds = backends.split(','), precisions.split(',')
+    guided = (1.5 if what in ('frame', 'record') else 1.) if guidance is None else guidance
     if what=='tables':
-        _print_rows(bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device))
-    if what=='train': rows = bench_train(students, batch or 32, rounds, loss, device)
-    elif what=='pairs': rows = bench_pairs(teacher, batch or 32, rounds, device=device)
-    elif what=='recipes': rows = bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
+        _print_rows(b.bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device))
+    if what=='train': rows = b.bench_train(students, batch or 32, rounds, loss, device)
+    elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
+    elif what=='recipes': rows = b.bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
+    elif what=='frame': rows = b.bench_frames(students, ways, kinds, guided, device=device)
+    elif what=='record':
+        rows = b.bench_records(students, runs_dir(), batch or 128, kinds, guided, device=device)
     else:
-        designs = TABLE_2 if what=='tables' else students
-        rows = bench_tables(designs, ways, batch or 128, rounds, guidance, precisions.split(','), device)
+        designs = b.TABLE_2 if what=='tables' else students
+        rows = b.bench_tables(designs, ways, batch or 128, rounds, guided, kinds, device)
     _print_rows(rows)
     if out: _write_rows(rows, out)
 
