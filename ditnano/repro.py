@@ -378,10 +378,11 @@ def torch_home()->Path: # `TORCH_HOME`, or torch's default
 # %% ../nbs/00_repro.ipynb #d92e4633
 def repo_root()->Path: # The folder that holds settings.ini and nbs/
     "The checkout of ditnano: found from the package, else upwards from the working directory."
-    package = Path(_package()).parent.parent
-    for p in (package, Path.cwd(), *Path.cwd().parents):
+    package, named = Path(_package()).parent.parent, os.environ.get('DITNANO_REPO')
+    places = [Path(named).expanduser()] if named else [package, Path.cwd(), *Path.cwd().parents]
+    for p in places:
         if (p/'settings.ini').is_file() and (p/'nbs'/'00_repro.ipynb').is_file(): return p
-    expected = "a folder with settings.ini and nbs/ (clone the repository and run there)"
+    expected = "a folder with settings.ini and nbs/ (clone the repository and run there, or set DITNANO_REPO to it)"
     raise FileNotFoundError(f"no ditnano checkout here: expected {expected}")
 
 # %% ../nbs/00_repro.ipynb #6063890f

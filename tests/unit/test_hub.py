@@ -123,6 +123,7 @@ for name, revision in (('someone/other', None), ('someone/student', 'v9'), ('som
 """
 
 
+@pytest.mark.slow
 def test_upload_and_load(server, tmp_path):
     first, second = python(PUSH, server, tmp_path).split()
     assert set(server.commits['main']) == {'config.json', 'model.safetensors', 'README.md'}

@@ -242,6 +242,18 @@ def test_shipped_weights_carry_their_hashes():
         assert load_weights(p)[1]
 
 
+def test_shipped_models_are_listed_by_kind():
+    assert 'nano-digits' in repro.list_models() and 'digits32' in repro.list_models('teacher')
+    assert {'digitsnet', 'cifarnet'} <= set(repro.list_models('classifier'))
+    with pytest.raises(ValueError, match="kind 'all': expected one of student, teacher, classifier"):
+        repro.list_models('all')
+
+
+def test_files_of_the_system():
+    names = ['.DS_Store', '._0001.png', 'Thumbs.db', '__MACOSX', 'desktop.ini', '0001.png', 'a.json']
+    assert [repro.is_system_file(n) for n in names] == [True]*5+[False]*2
+
+
 def test_state_hash():
     a, b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     b.load_state_dict(a.state_dict())
