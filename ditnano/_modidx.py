@@ -56,7 +56,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'ditnano.cli.main': ('cli.html#main', 'ditnano/cli.py'),
                              'ditnano.cli.pairs': ('cli.html#pairs', 'ditnano/cli.py'),
                              'ditnano.cli.paper': ('cli.html#paper', 'ditnano/cli.py'),
-                             'ditnano.cli.parse_count': ('cli.html#parse_count', 'ditnano/cli.py'),
                              'ditnano.cli.parse_design': ('cli.html#parse_design', 'ditnano/cli.py'),
                              'ditnano.cli.parse_ints': ('cli.html#parse_ints', 'ditnano/cli.py'),
                              'ditnano.cli.parse_seeds': ('cli.html#parse_seeds', 'ditnano/cli.py'),
