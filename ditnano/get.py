@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .config import DiTConfig, GETConfig
+from .config import GETConfig
 from .dit import DiT, check_images, check_labels, hub_room, load_student, save_student, student_class
 from .layers import MLP, Attention, LabelEmbedder, PatchEmbed, attention, sincos_pos_embed, unpatchify
 

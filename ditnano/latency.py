@@ -8,7 +8,11 @@ __all__ = ['Timing', 'measure', 'cpu_clocks', 'gpu_clocks', 'device_card', 'extr
            'exponential_rate', 'share_of_limit', 'bench_sampling']
 
 # %% ../nbs/42_latency.ipynb #0e31786b
-import contextlib, copy, math, time, warnings
+import contextlib
+import copy
+import math
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +21,12 @@ import numpy as np
 import torch
 import torch.utils.benchmark
 
-from .repro import fingerprint, pick_device
 from .config import DiTConfig
 from .dit import DiT, randomize_weights
-from .principles import count_flops, count_params
-from .layers import set_attention
 from .edm import to_bytes
+from .layers import set_attention
+from .principles import count_flops, count_params
+from .repro import fingerprint, pick_device
 from .sampling import BACKENDS, DTYPES, build_sampler, sample_inputs
 
 # %% ../nbs/42_latency.ipynb #3e9cca94

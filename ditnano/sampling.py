@@ -9,7 +9,14 @@ __all__ = ['BACKENDS', 'DTYPES', 'DEVICE_PRECISIONS', 'MAX_BATCH', 'WRITERS', 'B
            'sample_to', 'save_grid']
 
 # %% ../nbs/40_sampling.ipynb #3a2d4136
-import contextlib, copy, importlib, json, math, os, re, warnings
+import contextlib
+import copy
+import importlib
+import json
+import math
+import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +28,19 @@ from torch import nn
 from .config import GETConfig
 from .dit import forward_with_cfg
 from .edm import to_bytes
-from .flow import flow_noise, flow_point, step_times, model_timestep
+from .flow import flow_noise, flow_point, model_timestep, step_times
 from .images import grid
-from .repro import (atomic, derive_seed, is_system_file, noise_and_labels, pick_device, read_json,
-                           sample_generator, state_hash, write_json)
+from ditnano.repro import (
+    atomic,
+    derive_seed,
+    is_system_file,
+    noise_and_labels,
+    pick_device,
+    read_json,
+    sample_generator,
+    state_hash,
+    write_json,
+)
 
 # %% ../nbs/40_sampling.ipynb #c949113e
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ class CompiledModule:
         try: out = self.compiled(*inputs)
         except Exception as e:
             why = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
-            warnings.warn(f"backend 'compiled' is not available ({why}); running eager")
+            warnings.warn(f"backend 'compiled' is not available ({why}); running eager", stacklevel=2)
             self.compiled,out = self.model,self.model(*inputs)
         self.verified = True
         return out

@@ -15,8 +15,16 @@ from ditnano.config import DiTConfig, GETConfig
 from ditnano.dit import DiT, randomize_weights
 from ditnano.edm import to_bytes
 from ditnano.get import GET
-from ditnano.latency import (Timing, batch_step, device_card, frame_time, interleaved, measure, paired_timing,
-                             time_sampling)
+from ditnano.latency import (
+    Timing,
+    batch_step,
+    device_card,
+    frame_time,
+    interleaved,
+    measure,
+    paired_timing,
+    time_sampling,
+)
 from ditnano.principles import count_flops, count_params
 from ditnano.sampling import fold, sample, sample_inputs, sample_z0
 

@@ -10,8 +10,21 @@ from ditnano.config import DiTConfig, GETConfig
 from ditnano.dit import DiT, randomize_weights
 from ditnano.get import GET
 from ditnano.images import grid
-from ditnano.sampling import (BACKENDS, Backend, auto_batch_size, balanced_labels, build_sampler, fold, generate,
-                              memory_per_image, sample, sample_inputs, sample_labels, sample_to, save_grid)
+from ditnano.sampling import (
+    BACKENDS,
+    Backend,
+    auto_batch_size,
+    balanced_labels,
+    build_sampler,
+    fold,
+    generate,
+    memory_per_image,
+    sample,
+    sample_inputs,
+    sample_labels,
+    sample_to,
+    save_grid,
+)
 
 
 def student(steps=1, size=16, channels=3, classes=10, **options):
