@@ -546,37 +546,38 @@ class GraphedStep:
         self.steps_left -= 1
         if torch.is_tensor(self.decay): self.decay.fill_(decay)
         else: self.decay = decay
-        if self.steps_left==-1: return self.record(inputs)
+        if self.steps_left==-1: return _record(self, inputs)
         if self.replay is None: self.inputs = inputs
         if self.replay is None: return self.whole_step()
         for old,new in zip(self.inputs, inputs): old.copy_(new)
         self.replay()
         return self.result.clone()
 
-    def record(self, inputs)->torch.Tensor:
-        "Record, and keep the recording only if its loss is the eager one."
-        self.inputs, changed = tuple(a.clone() for a in inputs), self.changed_tensors()
-        before = [t.clone() for t in changed]
-        def restore(): torch._foreach_copy_(changed, before)
-        try:
-            self.replay, self.result = self.capture(self.whole_step, restore)
-            with torch.no_grad(): expected = self.loss()
-            restore()
-            self.replay()
-            if not torch.allclose(self.result, expected, rtol=1e-2, atol=1e-3):
-                raise RuntimeError(f"loss {self.result.item():.4g} when replayed, {expected.item():.4g} eager")
-            return self.result.clone()
-        except RuntimeError as e:
-            print(f"step not recorded: {str(e).splitlines()[0]}; training continues eagerly", file=sys.stderr)
-            self.replay = None
-            self.state.optimizer.zero_grad(set_to_none=True)
-            restore()
-            return self.whole_step()
+# %% ../nbs/31_train.ipynb #2e5c2348
+def _changed_tensors(state):
+    "Everything that a step writes to: weights, buffers, moments, averages."
+    moments = [v for slot in state.optimizer.state.values() for v in slot.values() if torch.is_tensor(v)]
+    return [*(v.detach() for v in state.model.state_dict().values()), *moments, *state.ema.values()]
 
-    def changed_tensors(self)->list[torch.Tensor]:
-        "Everything that a step writes to: weights, buffers, moments, averages."
-        moments = [v for slot in self.state.optimizer.state.values() for v in slot.values() if torch.is_tensor(v)]
-        return [*(v.detach() for v in self.state.model.state_dict().values()), *moments, *self.state.ema.values()]
+def _record(graphed, inputs):
+    "Record a step, and keep the recording only if its loss is the eager one."
+    graphed.inputs, changed = tuple(a.clone() for a in inputs), _changed_tensors(graphed.state)
+    before = [t.clone() for t in changed]
+    def restore(): torch._foreach_copy_(changed, before)
+    try:
+        graphed.replay, graphed.result = graphed.capture(graphed.whole_step, restore)
+        with torch.no_grad(): expected = graphed.loss()
+        restore()
+        graphed.replay()
+        if not torch.allclose(graphed.result, expected, rtol=1e-2, atol=1e-3):
+            raise RuntimeError(f"loss {graphed.result.item():.4g} when replayed, {expected.item():.4g} eager")
+        return graphed.result.clone()
+    except RuntimeError as e:
+        print(f"step not recorded: {str(e).splitlines()[0]}; training continues eagerly", file=sys.stderr)
+        graphed.replay = None
+        graphed.state.optimizer.zero_grad(set_to_none=True)
+        restore()
+        return graphed.whole_step()
 
 # %% ../nbs/31_train.ipynb #e13387a4
 def supports_graph_capture(
