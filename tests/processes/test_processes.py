@@ -158,3 +158,11 @@ def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     assert lines[0].startswith('1 of 1: DiT (1, 32, 4) L2 another process has it')
     assert 'process 1 on a-machine-that-is-gone' in lines[0]
     assert lines[1:] == ['time is up: 1 run left for the next call']
+
+
+@pytest.mark.slow
+def test_training_beside_busy_processes():
+    from ditnano.lab.bench import bench_busy
+    rows = bench_busy(1, (1, 32, 4), batch=4, rounds=1, seconds=0.1)
+    assert len(rows) == 3 and all(r['quiet (images/s)'] > 0 and r['beside (images/s)'] > 0 for r in rows)
+    with pytest.raises(ValueError, match='busy=0; expected 1 or more'): bench_busy(0)
