@@ -100,6 +100,7 @@ RELEASES = {  # file without .pkl: (MB, pixels, classes, network, preconditionin
 TEACHER_FILE = 'edm-cifar10-32x32-cond-vp.pkl'
 TEACHER_URL = f'{RELEASES_URL}/{TEACHER_FILE}'
 
+# %% ../../nbs/lab/13_doctor.ipynb #c18e5f07
 def _release(file):
     "Where a released file is, or should be, and its MB."
     places = [folder/file for folder in (data_dir(), cache_dir(), cache_dir()/'teachers')]
