@@ -28,7 +28,7 @@ import tyro
 from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
 from .principles import propose
-from .repro import figures_dir, repo_root, runs_dir, write_json
+from .repro import repo_root, runs_dir, write_json
 
 # %% ../nbs/50_cli.ipynb #ce3eba52
 def parse_count(
@@ -125,13 +125,20 @@ def design(
     for n, d in enumerate(found[:3], 1): print(f"{n}  {d.why}")
 
 # %% ../nbs/50_cli.ipynb #af378f46
-def doctor():
+def doctor(
+    verify:bool=False, # Check instead everything that carries a hash: shipped, cached or recorded
+):
     """Report what is available, what is missing, and the one command that gets it.
 
     Example: ditnano doctor
+
+    Example: ditnano doctor --verify
     """
-    from ditnano.lab.doctor import report
-    print(report())
+    from ditnano.lab.doctor import report, verify_report
+    if not verify: return print(report())
+    text, damaged = verify_report()
+    print(text)
+    if damaged: raise RuntimeError(f"{damaged} damaged; see above for what to do")
 
 # %% ../nbs/50_cli.ipynb #2d071cca
 def pairs(
@@ -266,7 +273,7 @@ def build(
     Example: ditnano build digitsnet
     """
     from ditnano.lab.shipping import build_shipped
-    from ditnano.lab.sweep import TimeLimitReached
+    from ditnano.lab.execute import TimeLimitReached
     try: made = build_shipped(name, device, minutes=_minutes_left(minutes))
     except TimeLimitReached as e: return print(f'{name}: {e}')
     print(made or f'{name}: stopped in time; the same command resumes it')
@@ -434,10 +441,11 @@ def sweep(
     runs:Path|None=None,     # Folder of runs; default runs/ in the repository
     minutes:Minutes=None,         # Stop with checkpoints after so many; the next sweep resumes
     executor:Literal['auto','inline','processes','slurm']='auto', # This process, local processes, or Slurm
-    workers:int|None=None,   # Local processes; default 4 on a GPU, 1 elsewhere
+    workers:int|None=None,   # Local processes; default 4 on a GPU, one per core elsewhere
     device:str='auto',            # Where each run computes: auto, cpu, cuda or mps
     recompute:bool=False,         # Compute also runs whose records came with paper_figures/evidence
     verify:Path|None=None,        # Compute a committed run again and compare: its folder in paper_figures/evidence
+    slurm:tuple[str,...]=(),      # Settings of submitit, as in slurm_partition=gpu gpus_per_node=1
 ):
     """Compute the missing runs of a scale.
 
@@ -446,16 +454,18 @@ def sweep(
     Example: ditnano sweep --scale gpu --minutes 9 --executor processes
     """
     if verify: return _verify(verify, device)
-    from ditnano.lab.sweep import sweep
+    from ditnano.lab.evidence import evidence_folders
+    from ditnano.lab.sweep import slurm_settings, sweep
     from ditnano.repro import pick_device
-    s, evidence = load_scale(scale), None if recompute else figures_dir()/'evidence'
+    s, runs = load_scale(scale), runs or runs_dir()
+    evidence = [] if recompute else evidence_folders(runs)
     groups = _run_groups(experiment, s)
     if executor=='auto':
         many = pick_device(device).type=='cuda' and 'RANK' not in os.environ
         executor = 'processes' if many else 'inline'
     limit = _minutes_left(minutes, float('inf'))
-    records = sweep(groups, runs or runs_dir(), s.name, EXECUTORS[executor], workers, limit, device,
-                    evidence_folder=evidence)
+    records = sweep(groups, runs, s.name, EXECUTORS[executor], workers, limit, device, evidence_folder=evidence,
+                    **slurm_settings(slurm))
     print(f'{len(records)} of {sum(map(len, groups))} runs are done')
 
 def _run_groups(experiment, scale):
@@ -470,7 +480,7 @@ def _verify(folder, device):
     "Compute a committed run again in a temporary folder; metrics that differ too much are an error."
     import tempfile
 
-    from ditnano.lab.sweep import VERIFY_TOLERANCE, verify
+    from ditnano.lab.execute import VERIFY_TOLERANCE, verify
     from ditnano.train import Progress
     with tempfile.TemporaryDirectory() as root: found = verify(folder, root, device, Progress('verify'))
     _print_rows([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']}
@@ -497,7 +507,7 @@ def paper(
     Example: ditnano paper --scale gpu --dry-run
     """
     if dry_run and scale=='best': return _list_best(runs, out)
-    if dry_run: return _dry_run(load_scale(scale), runs or runs_dir(), device)
+    if dry_run: return _dry_run(load_scale(scale), runs or runs_dir(), device, out)
     from ditnano.lab.notebooks import run_notebooks
     made = []
     for stage, notebooks in _stages(scale, _notebooks(only)):
@@ -538,15 +548,12 @@ def _list_best(runs, out):
     _print_rows([{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))} for e, s in best.items()])
 
 # %% ../nbs/50_cli.ipynb #c569af97
-def _dry_run(scale, root, device):
-    from ditnano.lab.sweep import GPU_RATE_NOTE, gpu_hours, plan
-    rows, lacks = plan(scale, root, device)
-    _print_rows([{**r, 'done':'yes' if r['done'] else 'no'} for r in rows])
-    todo = [r for r in rows if not r['done']]
-    hours, megabytes = sum(r['hours'] for r in todo), sum(r['megabytes'] for r in todo)
-    print(f"{len(todo)} of {len(rows)} runs to do: about {hours:.3g} hours and {megabytes:.0f} MB on this machine, "
-          f"besides {scale.pairs:,} pairs of {scale.teacher} ({scale.pairs*24.6e-6:.2g} GB)\n"
-          f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
+def _dry_run(scale, root, device, out):
+    from ditnano.lab.plan import GPU_RATE_NOTE, gpu_hours, plan, summarize_plan
+    rows, lacks, rates = plan(scale, root, device, out or '')
+    _print_rows([r | {'done':'yes' if r['done'] else 'no', 'recorded':r['recorded'] or ''} for r in rows])
+    print(summarize_plan(rows, scale, rates))
+    print(f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
     print('\n'.join(f'missing: {line}' for line in lacks) or 'nothing is missing')
 
 # %% ../nbs/50_cli.ipynb #e9d3408a

@@ -7,7 +7,9 @@ __all__ = ['TRAINING_RECIPES', 'DenoiseTask', 'random_shift', 'ClassifyTask', 'h
            'compile_network', 'build_artifact', 'sample_teacher']
 
 # %% ../../nbs/lab/11_artefacts.ipynb #bf6c10eb
-import os, shutil, sys
+import os
+import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from ..config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig
 from .experiments import EVAL_SEED, as_student
-from ..principles import count_flops, count_params
 from .runs import run_once
+from ..principles import count_flops, count_params
 
 # %% ../../nbs/lab/05_bench.ipynb #54a6b9f6
 def _plain_step(cfg, match, batch, device):
     "A training step as one would first write it."
     import torch
+
     from ditnano.dit import DiT
     model = DiT(cfg).to(device).train()
     ema, optimizer = {k:v.clone() for k,v in model.state_dict().items()}, torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -32,7 +33,7 @@ def _plain_step(cfg, match, batch, device):
 
 def _fit_step(task, batch, device):
     "The step of `train.fit` on one batch, again and again, so that both sides read the same."
-    from ditnano.train import prepare_training, make_graphed_step, train_step
+    from ditnano.train import make_graphed_step, prepare_training, train_step
     how = TrainConfig(images=10**9, batch=len(batch[0]), precision='bf16')
     task.batch = lambda idx: batch
     accelerator, state = prepare_training(task, how, device)
@@ -50,6 +51,7 @@ def bench_train(
 )->list: # One dict per design: images/s of the plain step and of ours, and their ratio
     "Throughput of our training step beside a plain float32 eager one."
     import torch
+
     from ditnano.distill.base import GETRecipe
     from ditnano.latency import paired_timing
     from ditnano.losses import get_loss
@@ -75,6 +77,7 @@ def bench_pairs(
 )->list: # One dict per precision: pairs/s of the plain sampler and of ours, their ratio, and the relative difference of the images
     "Pairs per second of ours beside the plain float32 sampler."
     import torch
+
     from ditnano.edm import load_teacher
     from ditnano.latency import paired_timing
     from ditnano.pairs import frozen_copy, pairs_recipe, sample_pairs
@@ -183,7 +186,6 @@ def bench_models(
     from ditnano.dit import randomize_weights
     from ditnano.get import GET
     from ditnano.latency import time_sampling
-    from ditnano.repro import pick_device
     rows, limits = [], {}
     students = bench_tables([student], backends, batch, rounds, device=device, limits=limits)
     for cfg in (GETConfig(*m) for m in models):
@@ -265,8 +267,9 @@ def sheet_run(
 )->dict: # The record; its picture is samples.png, ten columns, a class each
     "Draw with a trained student, unless that is done."
     import json
-    from ditnano.dit import DiT, find_student
+
     from ditnano.deploy.export import weights_hash
+    from ditnano.dit import DiT, find_student
     from ditnano.repro import fingerprint, pick_device
     from ditnano.sampling import balanced_labels, sample, save_grid
     model, card = DiT.from_pretrained(name), json.loads((find_student(name)/'config.json').read_text()).get('card') or {}

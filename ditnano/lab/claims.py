@@ -10,19 +10,20 @@ __all__ = ['HOLDS', 'FAILS', 'OPEN', 'CRITICAL_VALUE', 'MIN_DEGREES_OF_FREEDOM',
            'figure_4_series', 'Claim', 'Verdict', 'combine', 'evaluate_claims']
 
 # %% ../../nbs/lab/10_claims.ipynb #5aed96a9
-import json, math
+import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable
 
 import pandas as pd
 
-from ..config import DESIGNS, SIZES, DiTConfig, GETConfig, Scale, load_scale
-from .experiments import BASE, EXPERIMENTS, as_student
+from ..config import DESIGNS, SIZES, GETConfig, Scale, load_scale
 from .evidence import SCALES, TIMED_SIZE, best_scale, distances
+from .experiments import BASE, EXPERIMENTS, as_student
+from .runs import read_result
 from ..paper import CLAIMS, frame, lookup, table
 from ..principles import count_flops, count_params, heads
-from .runs import read_result
 
 # %% ../../nbs/lab/10_claims.ipynb #fe93ddd2
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not decidable at this scale'

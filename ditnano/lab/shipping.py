@@ -12,11 +12,11 @@ from math import prod
 from pathlib import Path
 
 from ..config import SIZES, load_scale
+from .execute import distill_run
 from .experiments import as_student, distill_config, experiment_configs, size_of
+from .runs import Run, read_result
 from ..principles import count_params
 from ..repro import atomic, figures_dir, runs_dir, weights_dir
-from .runs import Run, read_result
-from .sweep import distill_run
 
 # %% ../../nbs/lab/12_shipping.ipynb #ad2d3051
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def build_shipped(
     minutes:float=None, # Stop training when this time is up; the next call resumes
 ): # The folder, or None when stopped early
     "Make a shipped network, student or set of pairs again, by the recipe that made it."
-    from ditnano.pairs import make_pairs
     from ditnano.lab.artefacts import TRAINING_RECIPES, build_artifact
+    from ditnano.pairs import make_pairs
     from ditnano.train import Progress
     out = Path(out or weights_dir()/name)
     if name in PAIRS:

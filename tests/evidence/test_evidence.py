@@ -66,7 +66,7 @@ def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
 
 def test_a_committed_run_comes_out_the_same_again(tmp_path):
     "The shortest of the smoke runs, trained and judged anew; on another kind of device the tolerance does not hold, so the test is skipped there."
-    from ditnano.lab.sweep import verify
+    from ditnano.lab.execute import verify
     from ditnano.repro import fingerprint
     runs = [EVIDENCE/p.parent.name for p in EVIDENCE.glob('distill-*/result.json') if read_result(p.parent)['scale']=='smoke']
     if not runs: pytest.skip('no smoke run is committed')
