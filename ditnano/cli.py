@@ -272,8 +272,8 @@ def build(
 
     Example: ditnano build digitsnet
     """
-    from ditnano.lab.shipping import build_shipped
     from ditnano.lab.execute import TimeLimitReached
+    from ditnano.lab.shipping import build_shipped
     try: made = build_shipped(name, device, minutes=_minutes_left(minutes))
     except TimeLimitReached as e: return print(f'{name}: {e}')
     print(made or f'{name}: stopped in time; the same command resumes it')
