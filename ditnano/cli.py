@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Design', 'Seeds', 'Minutes', 'Backend', 'RECIPE_OPTIONS', 'RecipeOptions', 'TRAIN_DEFAULTS', 'EXECUTORS',
-           'MEASURED_HERE', 'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_count', 'parse_ints', 'parse_design', 'parse_seeds',
-           'UsageError', 'design', 'doctor', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options',
-           'GETModelOptions', 'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease',
-           'with_help', 'main']
+           'MEASURED_HERE', 'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'parse_seeds', 'UsageError',
+           'design', 'doctor', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options', 'GETModelOptions',
+           'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease', 'with_help', 'main']
 
 # %% ../nbs/50_cli.ipynb #4d23268f
 import contextlib
@@ -27,19 +26,10 @@ import tyro
 
 from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
-from .principles import propose
+from .principles import parse_count, propose
 from .repro import repo_root, runs_dir, write_json
 
 # %% ../nbs/50_cli.ipynb #ce3eba52
-def parse_count(
-    text:str, # 425000, 425k, 0.42M or 1e6
-)->int: # A whole number, 1 or more
-    "A number of parameters as people write it."
-    found = re.fullmatch(r'(\d+(?:\.\d+)?(?:e\d+)?)([kKmM]?)', text.strip())
-    value = float(found[1])*{'':1, 'k':1e3, 'm':1e6}[found[2].lower()] if found else 0
-    if not 1<=value<=1e15: raise ValueError(f"count {text!r}; expected a number such as 425000, 425k, 0.42M or 1e6")
-    return round(value)
-
 def parse_ints(
     text:str, # Whole numbers with commas between them
     what:str, # Their name, for the error
@@ -272,8 +262,8 @@ def build(
 
     Example: ditnano build digitsnet
     """
+    from ditnano.lab.artefacts import build_shipped
     from ditnano.lab.execute import TimeLimitReached
-    from ditnano.lab.shipping import build_shipped
     try: made = build_shipped(name, device, minutes=_minutes_left(minutes))
     except TimeLimitReached as e: return print(f'{name}: {e}')
     print(made or f'{name}: stopped in time; the same command resumes it')
@@ -346,7 +336,7 @@ def _training_loss(model):
 # %% ../nbs/50_cli.ipynb #d9691b90
 def export(
     weights:str='nano-digits',   # Shipped student, or a folder
-    format:Literal['onnx','openvino']='onnx', # Of the file
+    format:Literal['onnx','openvino','c']='onnx', # Of the file; c is a folder of source
     precision:Literal['fp32','fp16','int8']='fp32', # Of the numbers in the file
     guidance:float=1.5,          # Written into the graph; 1 is off
     batch:int|None=None,    # Images at once; default open
@@ -354,6 +344,8 @@ def export(
     out:Path|None=None,     # File to write; default the student's name
     bundle:Path|None=None,  # Write a folder for a device instead: graphs, runner and inputs
     jetpack5:bool=False,         # With --bundle: graphs for TensorRT 8.5 too
+    target:str='',               # For c: build for host, aarch64-linux, armv7-linux, x86_64-windows, ..., or several
+    array:bool=False,            # For c: also the weights as a C array
     quality:int=0,               # Compare so many images of the file and of the student with real ones
     extractor:str='digitsnet',   # By this feature extractor
     data:str='digits32',         # With these images
@@ -363,15 +355,21 @@ def export(
     Example: ditnano export --format onnx --precision int8 --out nano.onnx
 
     Example: ditnano export --bundle device/
+
+    Example: ditnano export --format c --target aarch64-linux --out student_c
     """
     from ditnano.deploy.export import bundle as write_bundle
     from ditnano.deploy.export import quality as compare_quality
-    from ditnano.deploy.export import to_onnx, to_openvino
+    from ditnano.deploy.export import to_c, to_onnx, to_openvino
     from ditnano.dit import DiT
     model, name = DiT.from_pretrained(weights), Path(weights).name
     if bundle:
         made = write_bundle(model, bundle, name, guidance, batch=batch, jetpack5=jetpack5)
         return print(f"{bundle}: {made['run']}, there or on the device")
+    if format=='c':
+        out = out or Path(f'{name}_c')
+        card = to_c(model, out, precision, guidance, array, [t for t in target.split(',') if t])
+        return print('\n'.join([f'{out}: make, then ./student --help', *card['programs'].values()]))
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
     if format=='onnx': made = to_onnx(model, out, precision, guidance, batch, opset)
     else: made = to_openvino(model, out, precision, guidance, batch)
@@ -385,13 +383,13 @@ def _print_quality(q):
 
 # %% ../nbs/50_cli.ipynb #8214a6fc
 def bench(
-    what:tyro.conf.Positional[Literal['tables','sampling','train','pairs','recipes']]='tables', # What is timed
+    what:tyro.conf.Positional[Literal['tables','sampling','frame','record','train','pairs','recipes']]='tables', # Timed
     students:tuple[Design,...]=((5, 64, 8), (7, 192, 12)), # Designs (tables takes the paper's)
     batch:int|None=None,       # Images at once; default 128 for sampling, 32 for training
     rounds:int=3,                   # Rounds of all sides; seconds for each recipe
     backends:str='eager,native,openvino', # Ways of sampling; also compiled, onnxruntime, tensorrt
     precisions:str='fp32,bf16',     # Of sampling; also fp16
-    guidance:float=1.0,             # Of sampling; 1 is off
+    guidance:float|None=None,       # 1 is off; default 1.5 for frame and record, 1 for sampling
     loss:str='L2',                  # Of training, on all sides
     teacher:str='digits32',         # Of pairs
     device:str='auto',              # Where: auto, cpu, cuda or mps
@@ -401,18 +399,26 @@ def bench(
 
     Example: ditnano bench --out bench.csv
 
+    frame times single guided images; record writes a latency of PyTorch as a record into the folder of runs.
+
     Example: ditnano bench sampling --students 7,192,12 --backends native,openvino
+
+    Example: ditnano bench record --batch 1024 --precisions fp32,bf16 --device cuda
     """
-    from ditnano.lab.bench import TABLE_2, bench_models, bench_pairs, bench_recipes, bench_tables, bench_train
-    ways = backends.split(',')
+    from ditnano.lab import bench as b
+    ways, kinds = backends.split(','), precisions.split(',')
+    guided = (1.5 if what in ('frame', 'record') else 1.) if guidance is None else guidance
     if what=='tables':
-        _print_rows(bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device))
-    if what=='train': rows = bench_train(students, batch or 32, rounds, loss, device)
-    elif what=='pairs': rows = bench_pairs(teacher, batch or 32, rounds, device=device)
-    elif what=='recipes': rows = bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
+        _print_rows(b.bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device))
+    if what=='train': rows = b.bench_train(students, batch or 32, rounds, loss, device)
+    elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
+    elif what=='recipes': rows = b.bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
+    elif what=='frame': rows = b.bench_frames(students, ways, kinds, guided, device=device)
+    elif what=='record':
+        rows = b.bench_records(students, runs_dir(), batch or 128, kinds, guided, device=device)
     else:
-        designs = TABLE_2 if what=='tables' else students
-        rows = bench_tables(designs, ways, batch or 128, rounds, guidance, precisions.split(','), device)
+        designs = b.TABLE_2 if what=='tables' else students
+        rows = b.bench_tables(designs, ways, batch or 128, rounds, guided, kinds, device)
     _print_rows(rows)
     if out: _write_rows(rows, out)
 
@@ -588,8 +594,7 @@ def lease(
     print(describe_lease(found))
 
 # %% ../nbs/50_cli.ipynb #e9d3408a
-COMMANDS = {f.__name__:f for f in (design, pairs, train, sample, eval, bench, export, sweep, lease, paper, build,
-                                   doctor)}
+COMMANDS = {f.__name__:f for f in (design, pairs, train, sample, eval, bench, export, sweep, lease, paper, build, doctor)}
 ABOUT = 'Design, distill, measure and ship tiny one-step diffusion transformers. `--version` prints the version.'
 OPTIONS = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes,
            tyro.conf.DisallowNone)

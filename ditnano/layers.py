@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 # %% ../nbs/11_layers.ipynb #198cc200
 def patchify(
@@ -27,7 +27,7 @@ def patchify(
     return x.permute(0,2,4,1,3,5).flatten(3).flatten(1,2) # (N, T, C*p*p)
 
 def unpatchify(
-    v:torch.Tensor, # What the final layer says of each token (N, T, p*p*C)
+    v:torch.Tensor, # The final layer's output for each token (N, T, p*p*C)
     p:int,          # Side of a patch in pixels
 )->torch.Tensor:    # Images (N, C, R, R)
     "Lay tokens out as images; inside a token the order is row, column, channel (DiT)."
@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, x):                                    # (N, C, R, R)
-        x = patchify(x, self.patch)                       # (N, T, P)
+        x = patchify(x, self.patch)                          # (N, T, P)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias) # (N, T, D)
 
 # %% ../nbs/11_layers.ipynb #5e1ca967
@@ -69,13 +69,13 @@ def sincos_pos_embed(
 # %% ../nbs/11_layers.ipynb #a83a7110
 def timestep_embedding(
     t:torch.Tensor, # Times (N,), fractions allowed
-    dim:int=256,  # Number of features, even
-)->torch.Tensor:    # (N, count) float32
+    dim:int=256,    # Number of features, even
+)->torch.Tensor:    # (N, dim) float32
     "Cosines, then sines, of the time at geometrically spaced frequencies (DiT)."
     half = dim//2
     f = torch.exp(-(math.log(10000)*torch.arange(half, dtype=torch.float32, device=t.device))/half)
-    angle = t.float()[:,None]*f                              # (N, count/2)
-    return torch.cat([angle.cos(), angle.sin()], 1)          # (N, count)
+    angle = t.float()[:,None]*f                              # (N, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], 1)          # (N, dim)
 
 class TimestepEmbedder(nn.Module):
     "Time features through two linear maps."
@@ -100,12 +100,14 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(classes+(dropout>0), width)
 
     def forward(self,
-        y,         # Labels (N,) int64
+        y,                    # Labels (N,) int64
         label_drop_mask=None, # (N,) bool or 0/1: hide these labels; None draws them in training
     ):
-        if label_drop_mask is None and self.training and self.dropout>0: label_drop_mask = torch.rand(y.shape, device=y.device)<self.dropout
+        if label_drop_mask is None and self.training and self.dropout>0:
+            label_drop_mask = torch.rand(y.shape, device=y.device, dtype=torch.float32)<self.dropout
         if label_drop_mask is not None:
-            if not self.dropout and label_drop_mask.any(): raise ValueError("label_drop_mask: no null label here; expected label_dropout more than 0")
+            if not self.dropout and label_drop_mask.any():
+                raise ValueError("label_drop_mask: no null label here; expected label_dropout more than 0")
             y = torch.where(label_drop_mask==1, self.classes, y)
         return self.embedding_table(y)                       # (N, D)
 
@@ -113,7 +115,8 @@ class LabelEmbedder(nn.Module):
 TILE = 2**20 # Attention weights in one tile, 2 MB of bfloat16
 
 def _small_heads_need_grad(q): # in bfloat16 on a CPU, where tiles are faster than torch's kernel
-    return q.device.type=='cpu' and q.dtype==torch.bfloat16 and q.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    trains = q.requires_grad and torch.is_grad_enabled()
+    return trains and q.device.type=='cpu' and q.dtype==torch.bfloat16 and not torch.compiler.is_compiling()
 
 def _weights(q, k): return torch.bmm(q*q.shape[-1]**-0.5, k.transpose(1,2)).softmax(-1) # (n, T, T)
 
@@ -131,10 +134,10 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        q,k,v,out = ctx.saved_tensors
-        g, s = g.bfloat16().contiguous(), q.shape[-1]**-0.5
-        n, mean, grads = max(1, TILE//q.shape[1]**2), (g*out).sum(-1, keepdim=True), []
-        for q,k,v,g,m in zip(*(a.split(n) for a in (q,k,v,g,mean))):
+        *qkv,out = ctx.saved_tensors
+        whole, s = g.bfloat16().contiguous(), qkv[0].shape[-1]**-0.5
+        n, mean, grads = max(1, TILE//out.shape[1]**2), (whole*out).sum(-1, keepdim=True), []
+        for q,k,v,g,m in zip(*(a.split(n) for a in (*qkv,whole,mean))):
             p = _weights(q, k)                                 # (n, T, T)
             d = torch.bmm(g, v.transpose(1,2)).sub_(m).mul_(p) # gradient of the scaled scores
             grads.append((torch.bmm(d,k)*s, torch.bmm(d.transpose(1,2),q)*s, torch.bmm(p.transpose(1,2),g)))
@@ -209,7 +212,10 @@ def modulate(
     "LayerNorm without affine part, then scale and shift, the same for all tokens of an image."
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)*(1+scale[:,None]) + shift[:,None]
 
-def modulation(width:int, parts:int):
+def modulation(
+    width:int, # Features D
+    parts:int, # Number of vectors
+)->nn.Sequential:
     "The map from condition to `parts` modulation vectors."
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts*width))
 

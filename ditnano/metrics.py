@@ -12,7 +12,12 @@ __all__ = ['ROUNDING', 'EXTRACTORS', 'INCEPTION', 'SQUEEZENET', 'EFFICIENTNET', 
            'evaluate', 'aggregate_blocks', 'card']
 
 # %% ../nbs/41_metrics.ipynb #1a64497d
-import contextlib, hashlib, importlib.util, json, os, re
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +29,22 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from .repro import (atomic, cache_dir, content_hash, exact_convolutions, file_hash, import_guarded,
-                           library_versions, pick_device, torch_home, weights_dir, write_json)
 from .classifier import load_classifier
 from .edm import to_bytes
 from .images import grid, load_images
+from ditnano.repro import (
+    atomic,
+    cache_dir,
+    content_hash,
+    exact_convolutions,
+    file_hash,
+    import_guarded,
+    library_versions,
+    pick_device,
+    torch_home,
+    weights_dir,
+    write_json,
+)
 
 # %% ../nbs/41_metrics.ipynb #512bee75
 ROUNDING = 'uint8 as given; floats in [-1, 1] by clip(127.5 x + 128, 0, 255), fraction dropped'
@@ -200,7 +216,8 @@ def _squeezenet(name, file, device):
     return Extractor(name, forward, file_hash(file), note, None, device)
 
 def _efficientnet(name, file, device):
-    try: from efficientnet_lite_pytorch import EfficientNet
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         missing = f"extractor {name!r}: package efficientnet-lite-pytorch is not installed"
         raise FileNotFoundError(f"{missing}; pip install 'ditnano[judges]'") from None

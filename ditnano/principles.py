@@ -8,13 +8,13 @@ __all__ = ['WIDTHS', 'P', 'depth', 'ledger', 'ledger_text', 'count_params', 'cou
 
 # %% ../nbs/10_principles.ipynb #c1a05ca2
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from .config import DESIGNS, DiTConfig, GETConfig, factors, heads
+from .config import DiTConfig, GETConfig, factors, heads  # noqa: F401 (factors stands beside heads)
 from .paper import table
 
 # %% ../nbs/10_principles.ipynb #7491800b
@@ -141,7 +141,7 @@ def _least_squares(rows):
     scale = A.max(0)
     x = np.linalg.lstsq(A/scale, np.ones(len(A)), rcond=None)[0]
     if (x<0).any():
-        from scipy.optimize import nnls   # slow to import, and the Jetson's rows do not need it
+        from scipy.optimize import nnls  # slow to import, and the Jetson's rows do not need it
         x = nnls(A/scale, np.ones(len(A)))[0]
     return tuple(map(float, x/scale))
 

@@ -10,14 +10,28 @@ __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'no
            'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
-import contextlib, errno, hashlib, importlib, json, math, os, platform, re, secrets, shutil, stat, subprocess, sys, time
+import contextlib
+import errno
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING: import torch
+if TYPE_CHECKING:
+    import torch
 
 # %% ../nbs/00_repro.ipynb #712949eb
 def sample_generator(
@@ -305,7 +319,8 @@ def _lock_owner(lease):
     return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else 'another process'
 
 def _lock_lost(loss):
-    warnings.warn(f"{loss.lock_file}: the lock was lost ({loss.reason}); another process may write the same folder")
+    risk = "another process may write the same folder"
+    warnings.warn(f"{loss.lock_file}: the lock was lost ({loss.reason}); {risk}", stacklevel=2)
 
 @contextlib.contextmanager
 def lock(
@@ -363,10 +378,11 @@ def torch_home()->Path: # `TORCH_HOME`, or torch's default
 # %% ../nbs/00_repro.ipynb #d92e4633
 def repo_root()->Path: # The folder that holds settings.ini and nbs/
     "The checkout of ditnano: found from the package, else upwards from the working directory."
-    package = Path(_package()).parent.parent
-    for p in (package, Path.cwd(), *Path.cwd().parents):
+    package, named = Path(_package()).parent.parent, os.environ.get('DITNANO_REPO')
+    places = [Path(named).expanduser()] if named else [package, Path.cwd(), *Path.cwd().parents]
+    for p in places:
         if (p/'settings.ini').is_file() and (p/'nbs'/'00_repro.ipynb').is_file(): return p
-    expected = "a folder with settings.ini and nbs/ (clone the repository and run there)"
+    expected = "a folder with settings.ini and nbs/ (clone the repository and run there, or set DITNANO_REPO to it)"
     raise FileNotFoundError(f"no ditnano checkout here: expected {expected}")
 
 # %% ../nbs/00_repro.ipynb #6063890f

@@ -9,7 +9,14 @@ __all__ = ['BACKENDS', 'DTYPES', 'DEVICE_PRECISIONS', 'MAX_BATCH', 'WRITERS', 'B
            'sample_to', 'save_grid']
 
 # %% ../nbs/40_sampling.ipynb #3a2d4136
-import contextlib, copy, hashlib, importlib, json, math, os, re, warnings
+import contextlib
+import copy
+import importlib
+import json
+import math
+import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +28,19 @@ from torch import nn
 from .config import GETConfig
 from .dit import forward_with_cfg
 from .edm import to_bytes
-from .flow import flow_noise, flow_point, step_times, model_timestep
+from .flow import flow_noise, flow_point, model_timestep, step_times
 from .images import grid
-from .repro import atomic, derive_seed, noise_and_labels, pick_device, sample_generator, write_json
+from ditnano.repro import (
+    atomic,
+    derive_seed,
+    is_system_file,
+    noise_and_labels,
+    pick_device,
+    read_json,
+    sample_generator,
+    state_hash,
+    write_json,
+)
 
 # %% ../nbs/40_sampling.ipynb #c949113e
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ class CompiledModule:
         try: out = self.compiled(*inputs)
         except Exception as e:
             why = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
-            warnings.warn(f"backend 'compiled' is not available ({why}); running eager")
+            warnings.warn(f"backend 'compiled' is not available ({why}); running eager", stacklevel=2)
             self.compiled,out = self.model,self.model(*inputs)
         self.verified = True
         return out
@@ -316,12 +333,9 @@ def generate(
 # %% ../nbs/40_sampling.ipynb #76e9712f
 def _identity(model, labels, guidance=1.5, backend='eager', precision='fp32', batch=None, device=None):
     "What decides the images of a seed; batch and device do not."
-    digest = hashlib.sha256()
-    for k,v in sorted(model.state_dict().items()):
-        digest.update(k.encode()+v.detach().cpu().float().contiguous().numpy().tobytes())
     if labels is not None: labels = torch.as_tensor(labels).tolist()
     if isinstance(labels, list): labels = 'one per image'
-    how = {'weights':digest.hexdigest(), 'config':model.cfg.to_dict(), 'labels':labels}
+    how = {'weights':state_hash(model.state_dict(), as_float32=True), 'config':model.cfg.to_dict(), 'labels':labels}
     return how | {'guidance':guidance, 'backend':backend, 'precision':precision}
 
 def _to_npy(path, seeds, batches, cfg, how):
@@ -352,18 +366,15 @@ def _to_folder(path, seeds, batches, cfg, how):
     for x,y in batches:
         for picture,label in zip(to_bytes(x).permute(0,2,3,1).numpy(), y.tolist()):
             image = Image.fromarray(picture[...,0] if cfg.channels==1 else picture)
-            with atomic(path/f'{next(left):08d}-{label}.png') as tmp: image.save(tmp, format='PNG')
+            with atomic(path/f'{next(left):08d}-{label}.png', sync=False) as tmp: image.save(tmp, format='PNG')
 
 def _check_folder(path, how):
     "Refuse a folder that holds anything but samples made in the same way."
     file = path/'samples.json'
     if not file.exists():
-        if not path.exists() or path.is_dir() and all(p.name.startswith('.') for p in path.iterdir()): return
+        if not path.exists() or path.is_dir() and all(is_system_file(p.name) for p in path.iterdir()): return
         raise ValueError(f"{path.name}: holds no samples.json; expected a new folder, or one of ours")
-    try: before = json.loads(file.read_text())
-    except ValueError: before = None
-    if not isinstance(before, dict):
-        raise ValueError(f"{file}: damaged; expected JSON as written by sample_to; choose a new folder")
+    before = read_json(file)
     for k,v in how.items():
         if before.get(k)!=v: raise ValueError(f"{path.name}: made with another {k}; expected the same, or a new folder")
 

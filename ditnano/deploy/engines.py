@@ -22,7 +22,7 @@ from ..dit import check_inputs
 # %% ../../nbs/deploy/03_engines.ipynb #a7e4d984
 REQUIRES = {'native':(), **{b:('onnx',b) for b in ('openvino','onnxruntime','tensorrt')}}
 INSTALL = {
-    'native': 'needs a C compiler (apt install gcc)',
+    'native': 'needs a C compiler (apt install gcc, or pip install ziglang)',
     'openvino': 'pip install onnx openvino',
     'onnxruntime': 'pip install onnx onnxruntime',
     'tensorrt': 'comes with JetPack (then pip install onnx); on a PC with an NVIDIA GPU pip install onnx tensorrt'}

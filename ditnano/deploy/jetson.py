@@ -340,6 +340,8 @@ def longest_below(
 Sample = namedtuple('Sample', 't mw mhz tj used_mb')
 Sample.__doc__ = "Seconds, VDD_IN in mW, GPU clock in MHz, tj in degrees, used memory in MB; None where unknown."
 
+
+# %% ../../nbs/deploy/04_jetson.ipynb #f065a728
 class Trace:
     "Samples of a run and what follows from them."
     def __init__(self, samples=(), started=0., ended=None, drop=5., least=30., gap=2., idle_mw=None, why='',

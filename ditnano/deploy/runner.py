@@ -35,7 +35,7 @@ def read_card(
     "The bundle's card."
     made = "expected a folder made by ditnano export --bundle"
     try:
-        with open(os.path.join(folder, 'card.json'), encoding='utf-8') as f: card = json.load(f)
+        with open(os.path.join(folder, 'card.json'), encoding='utf-8-sig') as f: card = json.load(f)
     except FileNotFoundError: raise UserError(f"no card.json here, and no latency without a card; {made}") from None
     except ValueError: raise UserError("card.json is damaged; copy the folder again") from None
     required = ('design','weights','guidance','shape','labels','files')

@@ -6,7 +6,8 @@
 __all__ = ['CARD', 'download', 'model_card', 'push']
 
 # %% ../../nbs/interop/04_hub.ipynb #f5b18f5a
-import importlib, tempfile
+import importlib
+import tempfile
 from pathlib import Path
 from typing import Any
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COST_ROWS', 'TABLE_2', 'TABLE_5', 'BACKENDS', 'EXPORT_FILES', 'bench_train', 'bench_pairs', 'cost_run',
-           'bench_recipes', 'bench_tables', 'bench_models', 'speed_run', 'export_run', 'sheet_run']
+           'bench_recipes', 'bench_tables', 'bench_models', 'bench_frames', 'bench_records', 'speed_run', 'export_run',
+           'sheet_run']
 
 # %% ../../nbs/lab/05_bench.ipynb #5170d0b9
 import tempfile
@@ -195,6 +196,45 @@ def bench_models(
                      **{k:t[k] for k in ('p50_ms','p90_ms','p99_ms','seconds_50k')}, 'share of limit':share})
     kept = ('backend','precision','p50_ms','p90_ms','p99_ms','seconds_50k','share of limit')
     return rows+[{'model':'DiT ({depth}, {width}, {heads})'.format(**r), 'params':r['params'], **{k:r[k] for k in kept}} for r in students]
+
+# %% ../../nbs/lab/05_bench.ipynb #fef1b3e9
+def bench_frames(
+    designs,             # (depth, width, heads) of students
+    backends=('eager','native','openvino','onnxruntime'), # As for `latency.frame_time`
+    precisions=('fp32',), # Of each back-end
+    guidance:float=1.5,  # 1 is off
+    frames:int=200,      # Timed images of each
+    device:str='auto',   # Where PyTorch computes
+)->list: # One dict per design, back-end and precision; p50 and p99 of a single image
+    "Frame time: milliseconds of one image at a time, from noise to bytes."
+    from ditnano.dit import DiT, randomize_weights
+    from ditnano.latency import frame_time
+    from ditnano.repro import pick_device
+    rows = []
+    for cfg in map(as_student, designs):
+        found = frame_time(randomize_weights(DiT(cfg), 1), backends, precisions, guidance, frames, pick_device(device))
+        rows += [{'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads} | row for row in found]
+    return rows
+
+def bench_records(
+    designs,              # (depth, width, heads) of students
+    root,                 # Folder of runs
+    batch:int=128,        # Images at once
+    precisions=('fp32','bf16'),
+    guidance:float=1.5,   # 1 is off
+    batches:int=10,       # Timed batches
+    device:str='auto',    # Where
+)->list: # One dict per design and precision, with the folder of its record
+    "Latencies of PyTorch on this machine as records, unless they are there."
+    from ditnano.lab.execute import latency_config, latency_run
+    rows = []
+    for d,precision in ((d,p) for d in designs for p in precisions):
+        record = latency_run(latency_config(d, batches, guidance, precision, batch, device), root, 'bench')
+        cfg, timed = as_student(d), record['latency']
+        row = {'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads, 'precision':precision, 'batch':batch}
+        row |= {k:timed[k] for k in ('p50_ms','p99_ms','images_per_s','seconds_50k')}
+        rows.append(row | {'record':f"latency-{record['key']}"})
+    return rows
 
 # %% ../../nbs/lab/05_bench.ipynb #15833a99
 def speed_run(

@@ -115,6 +115,7 @@ def _tools():
         yield Finding(name, importlib.util.find_spec(name) is not None, 'python package', needed, get)
     for language,(names,needed,package) in COMPILERS.items():
         found = next(filter(None, map(shutil.which, names)), None)
+        if language=='C' and not found and importlib.util.find_spec('ziglang'): found = 'ziglang'
         yield Finding(f'{language} compiler', found is not None, found or 'PATH', needed, f'apt install {package}')
     gpu = shutil.which('nvidia-smi')
     yield Finding('NVIDIA driver', bool(gpu), gpu or 'PATH', 'training at scale gpu', 'a machine with an NVIDIA GPU')

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVAL_SEED', 'CLIP_NORM', 'BASE', 'GRIDS', 'EXPERIMENTS', 'train_config', 'as_student', 'scale_content',
-           'distill_config', 'assistant_config', 'experiment_configs', 'size_of', 'priority_groups',
-           'sorted_by_priority']
+           'distill_config', 'assistant_config', 'experiment_configs', 'size_of', 'priority_groups']
 
 # %% ../../nbs/lab/01_experiments.ipynb #f2c55ef8
 import inspect
@@ -185,10 +184,3 @@ def _drop_duplicates(groups):
     seen = set()
     new = lambda c: not ((key := run_key(c)) in seen or seen.add(key))
     return [kept for g in groups if (kept := [c for c in g if new(c)])]
-
-def sorted_by_priority(
-    scale:Scale,  # How much of everything
-    content=None, # Data and teacher, if they are known
-)->list: # Configurations
-    "The runs of `priority_groups` in one list."
-    return [c for group in priority_groups(scale, content) for c in group]

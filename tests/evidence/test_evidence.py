@@ -1,4 +1,4 @@
-"""Every number in paper_figures/ comes from a committed record: walk all of them, and draw the tables again from these records alone."""
+"""Every number in paper_figures/ comes from a committed record: check all, and draw the tables again."""
 import json
 import shutil
 import subprocess
@@ -17,11 +17,13 @@ MADE = sorted(p for p in FIGURES.iterdir() if p.suffix in ('.csv','.md','.tex','
 
 def as_committed():
     "Whether paper_figures/ is as it was committed; elsewhere than in a repository, it is."
-    said = subprocess.run(['git', 'status', '--porcelain', '--', 'paper_figures'], cwd=ROOT, capture_output=True, text=True)
+    command = ['git', 'status', '--porcelain', '--', 'paper_figures']
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return said.returncode!=0 or not said.stdout.strip()
 
 
-committed = pytest.mark.skipif(not as_committed(), reason='paper_figures/ was drawn again here, with latencies of this machine; as committed it is tested')
+REASON = 'paper_figures/ was drawn again here, with latencies of this machine; it is tested as it was committed'
+committed = pytest.mark.skipif(not as_committed(), reason=REASON)
 
 
 @pytest.mark.parametrize('path', MADE, ids=lambda p: p.name)
@@ -61,18 +63,21 @@ def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
     shutil.copytree(EVIDENCE, out/'evidence', ignore=shutil.ignore_patterns('*.png', 'history.jsonl', 'drawn'))
     runs.mkdir()
     run_notebook(notebook, tmp_path/'copy.ipynb', {'scale':'best', 'runs':str(runs), 'out':str(out)}, bar=False)
-    for suffix in ('csv','md','tex'): assert (out/f'{name}.{suffix}').read_text()==(FIGURES/f'{name}.{suffix}').read_text()
+    for file in (f'{name}.{suffix}' for suffix in ('csv','md','tex')):
+        assert (out/file).read_text()==(FIGURES/file).read_text()
 
 
 def test_a_committed_run_comes_out_the_same_again(tmp_path):
-    "The shortest of the smoke runs, trained and judged anew; on another kind of device the tolerance does not hold, so the test is skipped there."
+    "The shortest of the smoke runs, computed again; skipped on another kind of device, where it may differ more."
     from ditnano.lab.execute import verify
     from ditnano.repro import fingerprint
-    runs = [EVIDENCE/p.parent.name for p in EVIDENCE.glob('distill-*/result.json') if read_result(p.parent)['scale']=='smoke']
+    records = {p.parent:read_result(p.parent) for p in EVIDENCE.glob('distill-*/result.json')}
+    runs = {f:r for f, r in records.items() if r['scale']=='smoke'}
     if not runs: pytest.skip('no smoke run is committed')
-    plain = [r for r in runs if read_result(r)['config']['recipe']=='get' and read_result(r)['config']['student'].get('depth')==5]
-    chosen = min(plain or runs, key=lambda r: read_result(r)['seconds'])
-    here, there = fingerprint('cpu')['device_name'], read_result(chosen)['device']['device_name']
+    configs = {f:r['config'] for f, r in runs.items()}
+    plain = [f for f, c in configs.items() if c['recipe']=='get' and c['student'].get('depth')==5]
+    chosen = min(plain or runs, key=lambda f: runs[f]['seconds'])
+    here, there = fingerprint('cpu')['device_name'], runs[chosen]['device']['device_name']
     if here!=there: pytest.skip(f'recorded on {there}, this is {here}')
     found = verify(chosen, tmp_path, 'cpu')
     assert found and all(v['within'] for v in found.values()), found

@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
 LIMIT = 480  # seconds for one notebook; library chapters are meant to take 20, experiments 60
 
-# Runs one notebook in nbdev's shell: cells flagged slow or cuda are skipped, a failing cell is printed with its traceback.
+# Runs one notebook in nbdev's shell: cells flagged slow or cuda are skipped; a failing cell prints its traceback.
 CHILD = """
 import sys
 from pathlib import Path
 from nbdev.test import test_nb
-ok, seconds = test_nb(Path(sys.argv[1]), skip_flags=sys.argv[3].split(), force_flags=sys.argv[4].split(), basepath=sys.argv[2])
+path, base, skip, force = sys.argv[1:]
+ok, seconds = test_nb(Path(path), skip_flags=skip.split(), force_flags=force.split(), basepath=base)
 print(f'{seconds:.1f} s')
 sys.exit(0 if ok else 1)
 """
@@ -51,16 +52,18 @@ def skip_flags():
 def sandbox(tmp_path_factory):
     "Runs and figures of the tests go to a folder of their own, which starts with the committed evidence."
     folder = tmp_path_factory.mktemp('sandbox')
-    if (ROOT/'paper_figures'/'evidence').is_dir(): shutil.copytree(ROOT/'paper_figures'/'evidence', folder/'paper_figures'/'evidence')
+    evidence = ROOT/'paper_figures'/'evidence'
+    if evidence.is_dir(): shutil.copytree(evidence, folder/'paper_figures'/'evidence')
     return {**os.environ, 'DITNANO_RUNS':str(folder/'runs'), 'DITNANO_FIGURES':str(folder/'paper_figures')}
 
 
 @pytest.mark.parametrize('path', list(notebooks()))
 def test_notebook(path, sandbox):
     "Set DITNANO_TEST_FLAGS='slow' (or 'slow cuda') to run the flagged cells too."
-    command = [sys.executable, '-c', CHILD, str(path), str(ROOT), skip_flags(), os.environ.get('DITNANO_TEST_FLAGS', '')]
-    process = subprocess.Popen(command, cwd=path.parent, env=sandbox, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               errors='replace', start_new_session=True)
+    forced = os.environ.get('DITNANO_TEST_FLAGS', '')
+    command = [sys.executable, '-c', CHILD, str(path), str(ROOT), skip_flags(), forced]
+    process = subprocess.Popen(command, cwd=path.parent, env=sandbox, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, errors='replace', start_new_session=True)
     try: said, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
@@ -71,10 +74,13 @@ def test_notebook(path, sandbox):
 
 def test_a_failing_notebook_fails(tmp_path):
     "The runner itself: a wrong cell must be reported, with its source."
-    cell = {'cell_type': 'code', 'id': 'a', 'metadata': {}, 'outputs': [], 'execution_count': None, 'source': 'wrong = 1\nassert wrong == 2'}
-    nb = {'cells': [cell], 'metadata': {'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}, 'nbformat': 4, 'nbformat_minor': 5}
+    cell = {'cell_type': 'code', 'id': 'a', 'metadata': {}, 'outputs': [], 'execution_count': None,
+            'source': 'wrong = 1\nassert wrong == 2'}
+    kernel = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
+    nb = {'cells': [cell], 'metadata': {'kernelspec': kernel}, 'nbformat': 4, 'nbformat_minor': 5}
     path = tmp_path/'bad.ipynb'
     path.write_text(json.dumps(nb))
-    done = subprocess.run([sys.executable, '-c', CHILD, str(path), str(ROOT), 'slow', ''], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, '-c', CHILD, str(path), str(ROOT), 'slow', '']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert 'AssertionError' in done.stderr and 'wrong == 2' in done.stderr

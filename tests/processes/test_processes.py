@@ -37,7 +37,8 @@ def launch(program, processes, *args):
     "Run a program in one process or in several, and wait for it."
     several = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'ACCELERATE_USE_CPU':'1'}
-    done = subprocess.run([sys.executable, *several, str(program), *map(str, args)], capture_output=True, text=True, timeout=240, env=env)
+    command = [sys.executable, *several, str(program), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -48,12 +49,17 @@ def train(tmp_path, name, processes, pause, minutes=(None, None)):
     return load_file(folder/'state.safetensors')
 
 
+def assert_close(one, two, prefix):
+    "Tensors of two states, by name."
+    mine, other = ({k:v for k, v in state.items() if k.startswith(prefix)} for state in (one, two))
+    torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize('name', ['get', 'dmd', 'ta', 'mi1', 'get-model'])
 def test_two_processes_train_as_one(name, tmp_path):
     one, two = train(tmp_path, name, 1, 0.), train(tmp_path, name, 2, 0.02)
     assert one.keys() == two.keys() and ('partner.weight' in one or name != 'ta')
-    for k in one:
-        if k.startswith(('model.', 'partner.')): torch.testing.assert_close(one[k], two[k], rtol=1e-3, atol=1e-5, msg=lambda m: f'{k}: {m}')
+    assert_close(one, two, ('model.', 'partner.'))
 
 
 def steps_done(folder):
@@ -61,13 +67,12 @@ def steps_done(folder):
 
 
 def test_two_processes_stop_together(tmp_path):
-    "The first has no time, the second all the time in the world: both stop at the first's word, and go on to the same end."
+    "The first has no time, the second has no limit: both stop together, and resume to the same end."
     train(tmp_path, 'get', 2, 0.02, minutes=(0, None))
     assert steps_done(tmp_path/'get-2') == 2
     two, one = train(tmp_path, 'get', 2, 0.02, minutes=(None, 0)), train(tmp_path, 'get', 1, 0.)
     assert steps_done(tmp_path/'get-2') == 6
-    for k in one:
-        if k.startswith('model.'): torch.testing.assert_close(one[k], two[k], rtol=1e-3, atol=1e-5, msg=lambda m: f'{k}: {m}')
+    assert_close(one, two, 'model.')
 
 
 RUN = textwrap.dedent('''
@@ -79,14 +84,16 @@ RUN = textwrap.dedent('''
     from ditnano.lab.experiments import distill_config
     from ditnano.lab.runs import Run
     torch.set_num_threads(1)
-    tiny = Scale(name='tiny', pairs=32, images=16*40, batch=16, lr=1e-2, samples=24, blocks=2, references=('train','test'), loss='L2', precision='fp32')
+    tiny = Scale(name='tiny', pairs=32, images=16*40, batch=16, lr=1e-2, samples=24, blocks=2,
+                 references=('train','test'), loss='L2', precision='fp32')
     config, root, only = distill_config(tiny, (2,32,4)), sys.argv[1], sys.argv[2]=='train'
-    sweep.SHARD_SIZE = 10                                            # three parts a block, so that both processes have some
+    sweep.SHARD_SIZE = 10                                  # three parts a block, so that both processes have some
     run = Run(root, 'distill', config)
     if only: sweep._student(config, run.folder, root, 'tiny', 'cpu', None, float('inf'))
     else:
         record = sweep.distill_run(config, root, 'tiny', 'cpu')
-        assert record == sweep.distill_run(config, root, 'tiny', 'cpu', minutes=0)   # found, at no cost, by every process
+        again = sweep.distill_run(config, root, 'tiny', 'cpu', minutes=0)
+        assert record == again                             # found, at no cost, by every process
 ''')
 
 
@@ -111,14 +118,14 @@ def test_two_processes_judge_as_one(tmp_path):
 
 
 def test_two_processes_are_one_run(tmp_path):
-    "Training included, whose sums two processes take in another order: measured 1e-6 after 40 steps on one processor, 1e-5 on another."
+    "With training, where two processes add in another order: 1e-6 after 40 steps on one processor, 1e-5 on another."
     one, two = (record_of(run(tmp_path, *how))['metrics'] for how in (('alone', 1), ('together', 2)))
     assert one == pytest.approx(two, rel=1e-4)
     assert one['FD-digitsnet'] > 0
 
 
 def test_local_processes_stop_in_time(tmp_path):
-    "Two long runs at once, and one that has to wait: nothing runs on after the limit, and the long ones have checkpoints."
+    "Two long runs at once, and one that has to wait: nothing runs after the limit, and the long ones have checkpoints."
     from ditnano.config import Scale
     from ditnano.lab import sweep
     from ditnano.lab.experiments import distill_config
@@ -129,7 +136,8 @@ def test_local_processes_stop_in_time(tmp_path):
     assert 15 <= time.monotonic()-begin < 60
     there = [(Run(tmp_path, 'distill', c).folder/'state.safetensors').is_file() for c in configs]
     assert there == [True, True, False]
-    assert [line.split(' L2 ')[-1] for line in lines] == ['stopped at 0%, resumes at the next call']*2+['time is up: 3 runs left for the next call']
+    stopped = ['stopped at 0%, resumes at the next call']*2
+    assert [line.split(' L2 ')[-1] for line in lines] == [*stopped, 'time is up: 3 runs left for the next call']
 
 
 def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
@@ -138,12 +146,14 @@ def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     from ditnano.lab import sweep
     from ditnano.lab.experiments import distill_config
     from ditnano.lab.runs import Run
-    config, lines = distill_config(Scale(name='tiny', pairs=32, images=64, batch=16, samples=24, loss='L2'), (1, 32, 4)), []
+    scale, lines = Scale(name='tiny', pairs=32, images=64, batch=16, samples=24, loss='L2'), []
+    config = distill_config(scale, (1, 32, 4))
     folder = Run(tmp_path, 'distill', config).folder
     folder.mkdir(parents=True)
     (folder/'lock').write_text(json.dumps({'pid':1, 'started':'0', 'host':'a-machine-that-is-gone', 'boot':''}))
     begin = time.monotonic()
     assert sweep.sweep([config], tmp_path, 'tiny', 'local', minutes=0.5, device='cpu', log=lines.append) == []
     assert time.monotonic()-begin < 50
-    assert lines[0].startswith('1 of 1: DiT (1, 32, 4) L2 another process has it') and 'process 1 on a-machine-that-is-gone' in lines[0]
+    assert lines[0].startswith('1 of 1: DiT (1, 32, 4) L2 another process has it')
+    assert 'process 1 on a-machine-that-is-gone' in lines[0]
     assert lines[1:] == ['time is up: 1 run left for the next call']

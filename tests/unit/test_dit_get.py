@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ditnano import DiT, GET, DiTConfig, GETConfig
+from ditnano import GET, DiT, DiTConfig, GETConfig
 from ditnano.dit import forward_with_cfg, randomize_weights
 from ditnano.get import load_model
 from ditnano.layers import set_attention
@@ -104,7 +104,8 @@ def saved(tmp_path):
     ({'config':DiTConfig(1, 32).to_dict()}, 'does not belong to its config.json'),
     ({'config':DiTConfig(3, 32).to_dict()}, 'is missing; expected 42 tensors'),
     ({'class':'Classifier'}, "holds 'Classifier'; expected a 'DiT'"), ({'class':'GET'}, "holds 'GET'"),
-    ({'format':2}, 'format 2; expected 1'), ({'config':{'wdith':3}}, "unknown key 'wdith'"), ({'config':{}}, 'config.json'),
+    ({'format':2}, 'format 2; expected 1'), ({'config':{'wdith':3}}, "unknown key 'wdith'"),
+    ({'config':{}}, 'config.json'),
     ({'config':[1]}, 'expected a mapping'), ({'config':None}, 'expected a mapping')])
 def test_wrong_folders_are_named(saved, change, text):
     "Of folders without hashes: with them, any change of config.json is found first."
@@ -117,7 +118,8 @@ def test_wrong_folders_are_named(saved, change, text):
 @pytest.mark.parametrize('call, text', [
     (lambda m, z, y, z0: m(z[..., :28, :28], y), r'z has shape \(3, 3, 28, 28\); expected \(N, 3, 32, 32\)'),
     (lambda m, z, y, z0: m(z, y, z0[..., :16]), r'z0 has shape \(3, 256, 16\); expected \(3, 256, 32\)'),
-    (lambda m, z, y, z0: m(z), 'y is missing; expected 3 labels'), (lambda m, z, y, z0: m(z, y[:2]), r'y has shape \(2,\)'),
+    (lambda m, z, y, z0: m(z), 'y is missing; expected 3 labels'),
+    (lambda m, z, y, z0: m(z, y[:2]), r'y has shape \(2,\)'),
     (lambda m, z, y, z0: m(z, y.float()), 'y is torch.float32'), (lambda m, z, y, z0: m(z, y-1), 'label -1'),
     (lambda m, z, y, z0: m(z, y+1), r'label 10: expected 0\.\.9'),
     (lambda m, z, y, z0: GET(GETConfig(1, 32, 4, 1, classes=0))(z, y), 'this model was built without labels'),

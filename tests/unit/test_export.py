@@ -143,6 +143,14 @@ def test_a_file_accepts_what_its_card_allows(tmp_path):
         with pytest.raises(UserError, match=message): run(noise, labels)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    bundle(student(SMALL), '~/device', precisions=('fp32',), images=1)
+    to_onnx(student(SMALL), '~/x.onnx')
+    assert open_file('~/x.onnx') and sorted(p.name for p in tmp_path.iterdir())==['device','x.onnx']
+
+
 def test_a_bundle_replaces_bundles_and_empty_folders_only(tmp_path):
     model, folder = student(SMALL), tmp_path/'device'
     folder.mkdir()

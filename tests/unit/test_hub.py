@@ -1,5 +1,11 @@
 "The Hub, against a stand-in server on this machine: upload, page, load by branch and commit, and what goes wrong."
-import base64, hashlib, json, os, subprocess, sys, threading
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -35,7 +41,8 @@ class StandIn(BaseHTTPRequestHandler):
         if self.path == '/api/repos/create': return self.answer(200, {'url':self.server.url+'/someone/student'})
         if self.path == '/api/validate-yaml': return self.answer(200, {'errors':[], 'warnings':[]})
         if '/preupload/' in self.path:
-            files = [{'path':f['path'], 'uploadMode':'regular', 'shouldIgnore':False} for f in json.loads(data)['files']]
+            names = [f['path'] for f in json.loads(data)['files']]
+            files = [{'path':n, 'uploadMode':'regular', 'shouldIgnore':False} for n in names]
             return self.answer(200, {'files':files})
         if '/commit/' in self.path:
             lines = [json.loads(line) for line in data.decode().splitlines()]
@@ -54,8 +61,8 @@ class StandIn(BaseHTTPRequestHandler):
         if not path.startswith(('/api/models/someone/student', '/someone/student/resolve/')):
             return self.answer(404, X_Error_Code='RepoNotFound')
         parts = path.split('/')
-        revision = parts[parts.index('revision')+1] if 'revision' in parts else parts[4] if 'resolve' in parts else 'main'
-        if 'tree' in parts: revision = parts[parts.index('tree')+1]
+        before = next((word for word in ('revision', 'resolve', 'tree') if word in parts), None)
+        revision = parts[parts.index(before)+1] if before else 'main'
         files, sha = self.server.commits.get(revision), self.server.heads.get(revision, revision)
         if files is None: return self.answer(404, X_Error_Code='RevisionNotFound')
         if 'resolve' in parts:
@@ -63,10 +70,12 @@ class StandIn(BaseHTTPRequestHandler):
             if content is None: return self.answer(404, X_Error_Code='EntryNotFound', X_Repo_Commit=sha)
             return self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=sha)
         if 'tree' in parts:
-            rows = [{'type':'file', 'path':n, 'size':len(c), 'oid':hashlib.sha1(c).hexdigest()} for n,c in files.items()]
+            oid = {n:hashlib.sha1(c).hexdigest() for n,c in files.items()}
+            rows = [{'type':'file', 'path':n, 'size':len(c), 'oid':oid[n]} for n,c in files.items()]
             return self.answer(200, rows)
-        self.answer(200, {'id':'someone/student', 'sha':sha, 'private':False, 'siblings':[{'rfilename':n} for n in files],
-                          'tags':[], 'downloads':0, 'likes':0})
+        siblings = [{'rfilename':n} for n in files]
+        self.answer(200, {'id':'someone/student', 'sha':sha, 'private':False, 'siblings':siblings, 'tags':[],
+                          'downloads':0, 'likes':0})
 
     do_HEAD = do_GET
 
@@ -81,8 +90,9 @@ def server():
 
 
 def python(code, server, home):
-    env = {**os.environ, 'HF_ENDPOINT':server.url, 'HF_HOME':str(home), 'HF_TOKEN':'hf_x', 'HF_HUB_DISABLE_TELEMETRY':'1',
-           'HF_HUB_DISABLE_XET':'1', 'HF_HUB_DISABLE_PROGRESS_BARS':'1', 'NO_PROXY':'127.0.0.1', 'no_proxy':'127.0.0.1'}
+    env = {**os.environ, 'HF_ENDPOINT':server.url, 'HF_HOME':str(home), 'HF_TOKEN':'hf_x',
+           'HF_HUB_DISABLE_TELEMETRY':'1', 'HF_HUB_DISABLE_XET':'1', 'HF_HUB_DISABLE_PROGRESS_BARS':'1',
+           'NO_PROXY':'127.0.0.1', 'no_proxy':'127.0.0.1'}
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env, cwd=home)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -113,6 +123,7 @@ for name, revision in (('someone/other', None), ('someone/student', 'v9'), ('som
 """
 
 
+@pytest.mark.slow
 def test_upload_and_load(server, tmp_path):
     first, second = python(PUSH, server, tmp_path).split()
     assert set(server.commits['main']) == {'config.json', 'model.safetensors', 'README.md'}
@@ -137,7 +148,8 @@ def test_a_damaged_or_incomplete_download_is_named(server, tmp_path):
         files = {'config.json':whole['config.json'], 'model.safetensors':changed}
         server.commits[str(n)*40] = {k:v for k,v in files.items() if v}
     code = ("from ditnano import DiT\nfor n in '12':\n"
-            "    try: DiT.from_pretrained('someone/student', n*40)\n    except (ValueError, FileNotFoundError) as e: print(e)")
+            "    try: DiT.from_pretrained('someone/student', n*40)\n"
+            "    except (ValueError, FileNotFoundError) as e: print(e)")
     damaged, missing = python(code, server, tmp_path).splitlines()
     assert 'model.safetensors: damaged or altered' in damaged and 'no model.safetensors in that repository' in missing
 

@@ -389,7 +389,8 @@ def test_a_report_has_latency_energy_and_card(tmp_path):
 def test_a_report_without_board_or_time_has_the_reason(tmp_path):
     write(tmp_path, JP5)
     assert 'run too short' in str(timed(lambda: time.sleep(.01), 16, seconds=.1, warm=0, root=tmp_path))
-    with forbidden('hwmon'): r = timed(lambda: time.sleep(.01), 16, seconds=.1, warm=0, watch=watch(tmp_path, .02, drop=0))
+    with forbidden('hwmon'):
+        r = timed(lambda: time.sleep(.01), 16, seconds=.1, warm=0, watch=watch(tmp_path, .02, drop=0))
     assert 'no energy: no telemetry: needs root' in str(r) and r.card['telemetry']['gpu_mhz']=={'625':1.}
     r = timed(lambda: time.sleep(.01), 1, seconds=.1, warm=0, root=tmp_path/'none')
     assert r.energy_mj is None

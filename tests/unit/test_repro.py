@@ -1,5 +1,10 @@
 "Randomness, files, locks and the fingerprint: what other rooms rely on."
-import json, os, stat, subprocess, sys, threading
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -7,8 +12,20 @@ import pytest
 import torch
 
 from ditnano import repro
-from ditnano.repro import (atomic, code_version, load_weights, lock, noise_and_labels, read_json, remove_leftovers,
-                           sample_generator, save_weights, state_hash, verified_hash, write_json)
+from ditnano.repro import (
+    atomic,
+    code_version,
+    load_weights,
+    lock,
+    noise_and_labels,
+    read_json,
+    remove_leftovers,
+    sample_generator,
+    save_weights,
+    state_hash,
+    verified_hash,
+    write_json,
+)
 
 root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid()==0, reason='root may read everything')
 
@@ -225,6 +242,18 @@ def test_shipped_weights_carry_their_hashes():
         assert load_weights(p)[1]
 
 
+def test_shipped_models_are_listed_by_kind():
+    assert 'nano-digits' in repro.list_models() and 'digits32' in repro.list_models('teacher')
+    assert {'digitsnet', 'cifarnet'} <= set(repro.list_models('classifier'))
+    with pytest.raises(ValueError, match="kind 'all': expected one of student, teacher, classifier"):
+        repro.list_models('all')
+
+
+def test_files_of_the_system():
+    names = ['.DS_Store', '._0001.png', 'Thumbs.db', '__MACOSX', 'desktop.ini', '0001.png', 'a.json']
+    assert [repro.is_system_file(n) for n in names] == [True]*5+[False]*2
+
+
 def test_state_hash():
     a, b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     b.load_state_dict(a.state_dict())
@@ -288,7 +317,8 @@ def test_an_account_without_a_home(tmp_path):
             "    except RuntimeError as e: print(e)\n")
     empty = dict(DITNANO_CACHE='', DITNANO_DATA='', TORCH_HOME='', XDG_CACHE_HOME='', HOME='')
     wanted = 'home folder: none; expected {} or HOME to be set'
-    assert python(code, **empty).stdout.splitlines() == [*[wanted.format('DITNANO_CACHE')]*2, wanted.format('TORCH_HOME')]
+    expected = [wanted.format(name) for name in ('DITNANO_CACHE', 'DITNANO_CACHE', 'TORCH_HOME')]
+    assert python(code, **empty).stdout.splitlines() == expected
     given = empty | dict(DITNANO_CACHE='/c', TORCH_HOME='/t')
     assert python(code, **given).stdout.splitlines() == ['/c', str(Path('/c/data')), '/t']
 

@@ -57,6 +57,11 @@ def test_cards(tmp_path, text, message):
     with refused(message): read_card(tmp_path)
 
 
+def test_a_byte_order_mark_is_accepted(tmp_path):
+    (tmp_path/'card.json').write_text(json.dumps(CARD), encoding='utf-8-sig')
+    assert read_card(tmp_path)==CARD
+
+
 def test_files_are_compared_with_their_hash(tmp_path):
     (tmp_path/'a.bin').write_bytes(b'abc')
     digest = 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'

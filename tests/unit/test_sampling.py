@@ -10,8 +10,21 @@ from ditnano.config import DiTConfig, GETConfig
 from ditnano.dit import DiT, randomize_weights
 from ditnano.get import GET
 from ditnano.images import grid
-from ditnano.sampling import (BACKENDS, Backend, auto_batch_size, balanced_labels, build_sampler, fold, generate,
-                              memory_per_image, sample, sample_inputs, sample_labels, sample_to, save_grid)
+from ditnano.sampling import (
+    BACKENDS,
+    Backend,
+    auto_batch_size,
+    balanced_labels,
+    build_sampler,
+    fold,
+    generate,
+    memory_per_image,
+    sample,
+    sample_inputs,
+    sample_labels,
+    sample_to,
+    save_grid,
+)
 
 
 def student(steps=1, size=16, channels=3, classes=10, **options):
@@ -225,7 +238,7 @@ def test_folders_that_are_refused(model, tmp_path):
     refused('one of them comes twice', sample_to, tmp_path/'b', model, [1, 1])
     refused('expected several', sample_to, tmp_path/'b', model, 9)
     (folder/'samples.json').write_text('{"weights')
-    refused('samples.json: damaged', sample_to, folder, model, range(2))
+    refused('samples.json: not JSON', sample_to, folder, model, range(2))
 
 
 def test_nothing_half_written_stays(model, tmp_path):
