@@ -1255,6 +1255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'ditnano.lab.lease._work_folder': ('lab/lease.html#_work_folder', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease._write_members': ('lab/lease.html#_write_members', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.attention_kernels': ('lab/lease.html#attention_kernels', 'ditnano/lab/lease.py'),
+                                   'ditnano.lab.lease.by_priority': ('lab/lease.html#by_priority', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.check_requirements': ('lab/lease.html#check_requirements', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.describe_lease': ('lab/lease.html#describe_lease', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.folder_members': ('lab/lease.html#folder_members', 'ditnano/lab/lease.py'),

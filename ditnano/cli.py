@@ -562,7 +562,7 @@ def _dry_run(scale, root, device, out):
     print(f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
     print('\n'.join(f'missing: {line}' for line in lacks) or 'nothing is missing')
 
-# %% ../nbs/50_cli.ipynb #e5afe68c
+# %% ../nbs/50_cli.ipynb #3363f3ad
 def lease(
     out:Path|None=None,      # Folder of the packs that come back
     minutes:float=9,         # Time for all of it
@@ -594,7 +594,8 @@ def lease(
     print(describe_lease(found))
 
 # %% ../nbs/50_cli.ipynb #e9d3408a
-COMMANDS = {f.__name__:f for f in (design, pairs, train, sample, eval, bench, export, sweep, lease, paper, build, doctor)}
+COMMANDS = {f.__name__:f for f in
+            (design, pairs, train, sample, eval, bench, export, sweep, lease, paper, build, doctor)}
 ABOUT = 'Design, distill, measure and ship tiny one-step diffusion transformers. `--version` prints the version.'
 OPTIONS = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes,
            tyro.conf.DisallowNone)

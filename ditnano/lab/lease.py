@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TEACHER_SHARE', 'MAX_TEACHER_SHARE', 'MIN_TEACHER_PART', 'SAFETY', 'PACK_FORMAT', 'MAX_MEMBER', 'ASSUMED',
            'SimulatedClock', 'Schedule', 'describe_lease', 'teacher_images', 'run_lease', 'pack_bytes', 'read_pack',
-           'Packs', 'folder_members', 'take_packs', 'missing_runs', 'summarize_missing', 'OperationNames',
-           'attention_kernels', 'RandomPairs', 'preflight', 'load_leased', 'training_rate', 'LeaseFolder',
-           'TeacherWork', 'LeaseWork', 'teacher_evaluation', 'halve_weights', 'AssumedWork', 'parse_size',
-           'check_requirements', 'lease', 'plan_lease', 'take_home']
+           'Packs', 'folder_members', 'take_packs', 'by_priority', 'missing_runs', 'summarize_missing',
+           'OperationNames', 'attention_kernels', 'RandomPairs', 'preflight', 'load_leased', 'training_rate',
+           'LeaseFolder', 'TeacherWork', 'LeaseWork', 'teacher_evaluation', 'halve_weights', 'AssumedWork',
+           'parse_size', 'check_requirements', 'lease', 'plan_lease', 'take_home']
 
 # %% ../../nbs/lab/13_lease.ipynb #50965656
 import hashlib
@@ -30,7 +30,7 @@ from ..config import Scale, TrainConfig
 from ..edm import READERS, TEACHERS, load_teacher, save_teacher, to_bytes
 from .artefacts import TRAINING_RECIPES, make_task
 from .execute import TimeLimitReached, distill_run, run_label
-from .experiments import as_student, assistant_config, sorted_by_priority
+from .experiments import as_student, assistant_config, priority_groups
 from .plan import GPU_RATE, measure_rates, missing_requirements, run_cost
 from .runs import Run, publish, read_result, run_once
 from ..pairs import PairDataset, ensure_pairs
@@ -323,6 +323,13 @@ def take_packs(
     return new, old, notes
 
 # %% ../../nbs/lab/13_lease.ipynb #2f4b39e5
+def by_priority(
+    scale:Scale,  # How much of everything
+    content=None, # Data and teacher, if they are known
+)->list: # Configurations of `distill_config`
+    "Every run of a scale, the most valuable first."
+    return [c for group in priority_groups(scale, content) for c in group]
+
 def _is_recorded(config, roots): return any(read_result(Run(r, 'distill', config).folder) for r in roots)
 
 def missing_runs(
@@ -330,7 +337,7 @@ def missing_runs(
     *roots,       # Folders of runs and records
 )->list: # Configurations of `distill_config`, in order of priority
     "The runs of a scale without a record."
-    return [c for c in sorted_by_priority(scale) if not _is_recorded(c, roots)]
+    return [c for c in by_priority(scale) if not _is_recorded(c, roots)]
 
 def _read_rates(notes):
     rates = notes.get('rates')
@@ -342,7 +349,7 @@ def summarize_missing(
     *roots,      # Folders of runs and records
 )->str: # One line
     "How many runs are missing, and how many minutes they would take at the rates that a lease measured."
-    every, rates = sorted_by_priority(scale), _read_rates(notes)
+    every, rates = by_priority(scale), _read_rates(notes)
     todo = [c for c in every if not _is_recorded(c, roots)]
     text = f'scale {scale.name}: {len(todo)} of {len(every)} runs are missing'
     if not todo or not rates: return f"{text}{'; no lease has measured rates yet' if todo else ''}"
@@ -578,7 +585,7 @@ class LeaseWork(TeacherWork):
 
     def measure(self):
         "Rates of students, loss and extractors, kept in the packs' notes."
-        configs = sorted_by_priority(self.scale)
+        configs = by_priority(self.scale)
         assistants = [assistant_config(c) for c in configs if c['recipe']=='ta']
         widths = {as_student(c['student']).width for c in configs+assistants}
         self.rates = measure_rates(self.scale, widths, self.device)
@@ -675,7 +682,7 @@ class AssumedWork:
     def todo(self)->list:
         if self.teacher: return missing_runs(self.scale, *self.roots)
         content = tuple({'name':n, 'sha256':None} for n in (self.scale.data, self.scale.teacher))
-        return sorted_by_priority(self.scale, content)
+        return by_priority(self.scale, content)
     def expected_seconds(self, config)->float:
         rates = self.rates | {'flops':{as_student(config['student']).width:GPU_RATE*self.speed}}
         return 3600*run_cost(config, rates)['hours']
@@ -729,7 +736,7 @@ def lease(
     check_requirements(scale)
     return run_lease(work, minutes-(clock()-start)/60, clock, log)
 
-# %% ../../nbs/lab/13_lease.ipynb #55db65b8
+# %% ../../nbs/lab/13_lease.ipynb #86c769fe
 def plan_lease(
     scale:Scale,     # What would be computed
     minutes:float,   # For all of it

@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ditnano.config import Scale
 from ditnano.dit import DiT, randomize_weights
 from ditnano.edm import READERS, load_teacher
 from ditnano.lab.evidence import rows_of
+from ditnano.lab.execute import TimeLimitReached
 from ditnano.lab.experiments import as_student
 from ditnano.lab.lease import (
     LeaseWork,
@@ -61,7 +63,8 @@ class SimulatedWork(LeaseWork):
         self.sleep(2)
         self.record('preflight', {'machine': 'simulated'}, lambda folder: {'metrics': {'images/s': 1.}}, 'preflight')
 
-    def has_teacher(self): return self.teacher == 'shipped' or super().teacher_folder.is_dir()
+    def has_teacher(self): return self.teacher == 'shipped'
+
     def teacher_rate(self):
         self.sleep(3)
         return 5000*self.speed
@@ -77,7 +80,8 @@ class SimulatedWork(LeaseWork):
 
     def measure(self):
         self.sleep(1)
-        self.notes['rates'] = {'flops': {w: 1e12 for w in (32, 48, 64, 96, 128)}, 'loss': 0., 'teacher': 0., 'extractors': 0.}
+        flops = dict.fromkeys((32, 48, 64, 96, 128), 1e12)
+        self.rates = self.notes['rates'] = {'flops': flops, 'loss': 0., 'teacher': 0., 'extractors': 0.}
 
     def expected_seconds(self, config): return 17/self.speed
 
@@ -114,20 +118,37 @@ def simulate(folder, clock, minutes=3, take=None, scale=DIGITS, **kwargs):
 def packed_runs(folder):
     "Keys of the distilled students in the packs."
     names = [name for p in sorted(folder.glob('pack-*.tar')) for name in read_pack(p)[0]]
-    return {n.split('/')[1].partition('-')[2] for n in names if n.startswith('runs/distill-') and n.endswith('/result.json')}
+    records = [n for n in names if n.startswith('runs/distill-') and n.endswith('/result.json')]
+    return {n.split('/')[1].partition('-')[2] for n in records}
 
 
 def test_three_minutes_end_in_time(tmp_path):
     clock = SimulatedClock()
-    work, rows = simulate(tmp_path, clock)
-    assert 0.8*180 <= clock.now <= 1.05*180
-    assert len(work.computed) == len(packed_runs(tmp_path/'out')) == 7 and 1 <= len(list((tmp_path/'out').iterdir())) <= 8
+    work, rows = simulate(tmp_path, clock, scale=replace(DIGITS, seeds=(0, 1)))
+    assert 0.9*180 <= clock.now <= 1.05*180
+    assert set(work.computed) == packed_runs(tmp_path/'out') and len(work.computed) == 9
+    assert {p.name for p in (tmp_path/'out').iterdir()} <= {f'pack-{i}.tar' for i in range(8)}
 
 
 def test_leftover_time_is_named(tmp_path):
     clock = SimulatedClock()
     work, rows = simulate(tmp_path, clock, minutes=1.5)
     assert clock.now <= 90 and rows[-1]['what'] == 'not started' and 'do not fit into' in rows[-1]['note']
+
+
+def test_machine_that_becomes_slow(tmp_path):
+    "A run that was begun and does not end in time is the last one, and the only one unfinished."
+    class Slowing(SimulatedWork):
+        def distill(self, config, minutes):
+            if len(self.computed) == 2:
+                self.clock.sleep(60*minutes)
+                raise TimeLimitReached('stopped at 80%')
+            return super().distill(config, minutes)
+    clock = SimulatedClock()
+    work = Slowing(DIGITS, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet, clock=clock)
+    rows = run_lease(work, 3, clock, quiet)
+    assert rows[-1]['what'] == 'time is up' and '80%' in rows[-1]['note'] and clock.now <= 1.05*180
+    assert len(packed_runs(tmp_path/'out')) == 2
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -141,7 +162,8 @@ def test_killed_at_any_moment(tmp_path):
         later, rows = simulate(second, SimulatedClock(), take=first/'out' if kept else None)
         assert not kept & set(later.computed) and rows[-1]['end'] <= 1.05*180
         for folder in (first, second):
-            if list(folder.glob('out/pack-*.tar')): take_packs(folder/'out', home/'runs', home/'weights', home/'evidence')
+            if not list(folder.glob('out/pack-*.tar')): continue
+            take_packs(folder/'out', home/'runs', home/'weights', home/'evidence')
         assert missing_runs(DIGITS, home/'evidence') == []
         assert len(rows_of(collect(home/'evidence'), 'sizes', 'smoke')) == 6
 
@@ -157,13 +179,15 @@ def test_killed_while_a_pack_is_written(tmp_path, monkeypatch):
     simulate(tmp_path, MortalClock(60))
     before = {p.name: p.read_bytes() for p in (tmp_path/'out').glob('pack-*.tar')}
     packs, write = Packs(tmp_path/'out'), Path.write_bytes
+
     def half(path, data):
         write(path, data[:len(data)//2])
         raise Killed
     monkeypatch.setattr(Path, 'write_bytes', half)
     with pytest.raises(Killed): packs.add({'runs/distill-0123456789ab/result.json': bytes(9000)}, {})
     monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in (tmp_path/'out').glob('pack-*.tar')} == before and packed_runs(tmp_path/'out')
+    assert {p.name: p.read_bytes() for p in (tmp_path/'out').glob('pack-*.tar')} == before
+    assert packed_runs(tmp_path/'out')
 
 
 def test_missing_minutes_are_reported(tmp_path):
@@ -172,9 +196,6 @@ def test_missing_minutes_are_reported(tmp_path):
     text = summarize_missing(DIGITS, notes, tmp_path/'evidence')
     assert 'of 8 runs are missing, about' in text and 'minutes at the rates of' in text
     assert 'no lease has measured rates' in summarize_missing(DIGITS, {}, tmp_path/'evidence')
-
-
-def teacher_scale(): return DIGITS
 
 
 def test_slow_machine_finishes_a_teacher_or_says_why(tmp_path, monkeypatch):
@@ -230,7 +251,7 @@ def test_plan_from_an_empty_folder_without_home(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ('HOME', 'DITNANO_CACHE', 'PYTHONPATH')}
     root = Path(__file__).resolve().parents[2]
     env |= {'PYTHONPATH': str(root), 'DITNANO_COMMIT': '0'*40}
-    done = subprocess.run([sys.executable, '-m', 'ditnano', 'lease', '--dry-run', '--minutes', '9'], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=120)
+    command = [sys.executable, '-m', 'ditnano', 'lease', '--dry-run', '--minutes', '9']
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and 'preflight' in done.stdout and 'DiT (1, 128, 8)' in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
