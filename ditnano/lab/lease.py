@@ -7,7 +7,7 @@ __all__ = ['TEACHER_SHARE', 'MAX_TEACHER_SHARE', 'MIN_TEACHER_PART', 'SAFETY', '
            'SimulatedClock', 'Schedule', 'describe_lease', 'teacher_images', 'run_lease', 'pack_bytes', 'read_pack',
            'Packs', 'folder_members', 'take_packs', 'by_priority', 'missing_runs', 'summarize_missing',
            'OperationNames', 'attention_kernels', 'RandomPairs', 'preflight', 'load_leased', 'training_rate',
-           'LeaseFolder', 'TeacherWork', 'LeaseWork', 'teacher_evaluation', 'halve_weights', 'AssumedWork',
+           'LeaseFolder', 'TeacherWork', 'PairsWork', 'LeaseWork', 'teacher_evaluation', 'halve_weights', 'AssumedWork',
            'parse_size', 'check_requirements', 'lease', 'plan_lease', 'take_home']
 
 # %% ../../nbs/lab/13_lease.ipynb #50965656
@@ -551,8 +551,8 @@ class TeacherWork(LeaseFolder):
         _use_teacher(self.scale.teacher, self.teacher_folder)
 
 # %% ../../nbs/lab/13_lease.ipynb #964e16aa
-class LeaseWork(TeacherWork):
-    "Everything that a lease does on this machine, part by part."
+class PairsWork(TeacherWork):
+    "What a lease does with its teacher: evaluation and pairs."
     def _pairs(self, count, seconds):
         "The folder of the first pairs, and the seconds they took; after each shard the time is looked at."
         end = time.monotonic()+seconds
@@ -583,6 +583,10 @@ class LeaseWork(TeacherWork):
         "All pairs."
         self._pairs(self.scale.pairs, seconds)
 
+
+# %% ../../nbs/lab/13_lease.ipynb #22d97152
+class LeaseWork(PairsWork):
+    "Everything that a lease does on this machine, part by part."
     def measure(self):
         "Rates of students, loss and extractors, kept in the packs' notes."
         configs = by_priority(self.scale)
@@ -736,7 +740,7 @@ def lease(
     check_requirements(scale)
     return run_lease(work, minutes-(clock()-start)/60, clock, log)
 
-# %% ../../nbs/lab/13_lease.ipynb #86c769fe
+# %% ../../nbs/lab/13_lease.ipynb #9a723fff
 def plan_lease(
     scale:Scale,     # What would be computed
     minutes:float,   # For all of it
