@@ -84,6 +84,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'ditnano.config.UNetConfig': ('config.html#unetconfig', 'ditnano/config.py'),
                                 'ditnano.config.UNetConfig.__post_init__': ('config.html#unetconfig.__post_init__', 'ditnano/config.py'),
                                 'ditnano.config._check_heads': ('config.html#_check_heads', 'ditnano/config.py'),
+                                'ditnano.config._check_numbers': ('config.html#_check_numbers', 'ditnano/config.py'),
                                 'ditnano.config._check_patches': ('config.html#_check_patches', 'ditnano/config.py'),
                                 'ditnano.config._check_scale': ('config.html#_check_scale', 'ditnano/config.py'),
                                 'ditnano.config._check_seed': ('config.html#_check_seed', 'ditnano/config.py'),

@@ -86,9 +86,8 @@ class DiffusersDenoiser(nn.Module):
     )->torch.Tensor:    # Denoised images (N, C, R, R), float32
         "The denoised image: c_skip x + c_out F(c_in x; timestep)."
         labels = _class_indices(labels, self.cfg.label_dim, len(x))
-        sigma = torch.as_tensor(sigma, device=x.device,
-                                dtype=torch.float32 if x.device.type=='mps'
-                                else torch.float64).reshape(-1).expand(len(x))
+        dtype = torch.float32 if x.device.type=='mps' else torch.float64
+        sigma = torch.as_tensor(sigma, device=x.device, dtype=dtype).reshape(-1).expand(len(x))
         c_skip, c_out, c_in = (c.float()[:,None,None,None] for c in self.scalings(sigma))
         x = x.float()
         out = self.model(c_in*x, self.timestep(sigma).float(), class_labels=labels).sample
