@@ -585,13 +585,12 @@ def lease(
     from ditnano.lab.evidence import evidence_folders
     from ditnano.lab.lease import describe_lease, lease, parse_size, plan_lease, take_home
     s = load_scale(scale)
-    if dry_run: return print(describe_lease(plan_lease(s, minutes)))
+    done = [evidence] if evidence else evidence_folders(out or '')
+    if dry_run: return print(describe_lease(plan_lease(s, minutes, roots=done)))
     if take and not out: return print(take_home(s, take, runs or runs_dir(), weights, evidence))
     if not out: raise ValueError("out: none; expected --out, a folder for the packs, or --take")
-    left = _minutes_left(minutes, minutes)
-    found = lease(s, left, out, take, device, parse_size(pack_size), packs,
-                  [evidence] if evidence else evidence_folders(out))
-    print(describe_lease(found))
+    lease(s, _minutes_left(minutes, minutes), out, take, device, parse_size(pack_size), packs, done)
+    print(f"bring it home: ditnano lease --take {out}")
 
 # %% ../nbs/50_cli.ipynb #e9d3408a
 COMMANDS = {f.__name__:f for f in
