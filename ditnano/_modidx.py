@@ -108,6 +108,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'ditnano/deploy/csource.py'),
                                         'ditnano.deploy.csource.CStudent.pixels': ( 'deploy/csource.html#cstudent.pixels',
                                                                                     'ditnano/deploy/csource.py'),
+                                        'ditnano.deploy.csource.CStudent.pixels_of': ( 'deploy/csource.html#cstudent.pixels_of',
+                                                                                       'ditnano/deploy/csource.py'),
                                         'ditnano.deploy.csource._built': ('deploy/csource.html#_built', 'ditnano/deploy/csource.py'),
                                         'ditnano.deploy.csource._c_array': ('deploy/csource.html#_c_array', 'ditnano/deploy/csource.py'),
                                         'ditnano.deploy.csource._design_numbers': ( 'deploy/csource.html#_design_numbers',
