@@ -63,7 +63,7 @@ def _card_of(model):
     scores = [f'{k} {v:.4g}' for k,v in card.get('metrics', {}).items()]
     if scores: found['scores'] = f"{', '.join(scores)} (of {card.get('samples', 0):,} samples)"
     if (images := config.get('train', {}).get('images')): found['images seen in training'] = f'{images:,}'
-    return {k:v for k,v in found.items() if v} | {'samples':card.get('looks', '')}
+    return {k:v for k,v in found.items() if v} | {'what its samples show':card.get('looks', '')}
 
 def card_rows(
     model:torch.nn.Module, # A DiT

@@ -150,7 +150,8 @@ async function timesOf(strength, from) {
 }
 
 function timesRow(strength, times) {
-  const mean = times.reduce((a, b) => a + b) / times.length, ms = p => `${percentile(times, p).toFixed(1)} ms`;
+  const mean = times.reduce((a, b) => a + b) / times.length;
+  const ms = p => percentile(times, p).toFixed(1);
   const values = [strength.toFixed(1), strength === 1 ? 1 : 2, ms(.5), ms(.9), ms(.99), (1000 / mean).toFixed(1),
                   times.length];
   const row = find('times').tBodies[0].insertRow();
