@@ -3,7 +3,7 @@
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= dev,notebooks,cluster,export,judges
+EXTRAS ?= dev,notebooks,cluster,export,judges,hub
 JOBS   ?= 2
 SCALE  ?=
 NB     ?=

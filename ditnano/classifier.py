@@ -74,7 +74,8 @@ def load_classifier(
     "Load a classifier; raises FileNotFoundError or ValueError in one line."
     folder = weights_dir()/name if (weights_dir()/str(name)).is_dir() else Path(name).expanduser()
     if not (folder/'config.json').is_file():
-        known = [p.parent.name for p in weights_dir().glob('*/config.json') if '"Classifier"' in p.read_text(encoding='utf-8')]
+        known = [p.parent.name for p in weights_dir().glob('*/config.json')
+                 if '"Classifier"' in p.read_text(encoding='utf-8')]
         raise FileNotFoundError(f"classifier {str(name)!r} is not available; expected a folder with config.json, "
                                 f"or one of: {', '.join(sorted(known)) or 'none shipped'}")
     config, w = load_weights(folder)
@@ -82,6 +83,7 @@ def load_classifier(
         net = _Frozen(config['width'], config['classes'], config.get('channels', 3))
         net.load_state_dict({k:v.float() if v.is_floating_point() else v for k,v in w.items()})
     except (KeyError, TypeError, RuntimeError) as e:
-        raise ValueError(f"classifier {str(name)!r}: {str(e).splitlines()[-1].strip()}; expected weights of Classifier") from None
+        raise ValueError(f"classifier {str(name)!r}: {str(e).splitlines()[-1].strip()}; "
+                         "expected weights of Classifier") from None
     net.name, net.card, net.hash = folder.name, config['card'], config['sha256']
     return net.requires_grad_(False).eval()

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Design', 'Seeds', 'Minutes', 'Backend', 'RECIPE_OPTIONS', 'RecipeOptions', 'TRAIN_DEFAULTS', 'EXECUTORS',
-           'MEASURED_HERE', 'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_count', 'parse_ints', 'parse_design', 'parse_seeds',
-           'UsageError', 'design', 'doctor', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options',
-           'GETModelOptions', 'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'with_help',
-           'main']
+           'MEASURED_HERE', 'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'parse_seeds', 'UsageError',
+           'design', 'doctor', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options', 'GETModelOptions',
+           'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'with_help', 'main']
 
 # %% ../nbs/50_cli.ipynb #4d23268f
 import contextlib
@@ -27,19 +26,10 @@ import tyro
 
 from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
-from .principles import propose
+from .principles import parse_count, propose
 from .repro import repo_root, runs_dir, write_json
 
 # %% ../nbs/50_cli.ipynb #ce3eba52
-def parse_count(
-    text:str, # 425000, 425k, 0.42M or 1e6
-)->int: # A whole number, 1 or more
-    "A number of parameters as people write it."
-    found = re.fullmatch(r'(\d+(?:\.\d+)?(?:e\d+)?)([kKmM]?)', text.strip())
-    value = float(found[1])*{'':1, 'k':1e3, 'm':1e6}[found[2].lower()] if found else 0
-    if not 1<=value<=1e15: raise ValueError(f"count {text!r}; expected a number such as 425000, 425k, 0.42M or 1e6")
-    return round(value)
-
 def parse_ints(
     text:str, # Whole numbers with commas between them
     what:str, # Their name, for the error

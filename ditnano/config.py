@@ -239,19 +239,22 @@ DESIGNS = {  # (depth, width, heads): (size as the paper labels it, its series i
 SIZES = ('0.42M','2.2M','5M')
 
 # %% ../nbs/01_config.ipynb #23e80240
-def _check_scale(s):
-    _check_types(s)
+def _check_numbers(s):
     counts = ('pairs','teacher_steps','images','batch','samples','blocks','latency_batches')
     _whole('Scale', **{k:getattr(s,k) for k in counts})
-    if not s.name: raise ValueError("Scale: name=''; expected text")
     if s.lr<=0: raise ValueError(f"Scale: lr={s.lr}; expected more than 0")
     for k in ('weight_decay','warmup','guidance'):
         if getattr(s,k)<0: raise ValueError(f"Scale: {k}={getattr(s,k)}; expected 0 or more")
     if not 0<=s.ema<1: raise ValueError(f"Scale: ema={s.ema}; expected 0 or more and less than 1")
-    if s.precision not in PRECISIONS:
-        raise ValueError(f"Scale: precision={s.precision!r}; expected one of {PRECISIONS}")
     if not s.seeds: raise ValueError("Scale: seeds=(); expected a list of whole numbers")
     for seed in s.seeds: _check_seed('Scale', seed)
+
+def _check_scale(s):
+    _check_types(s)
+    _check_numbers(s)
+    if not s.name: raise ValueError("Scale: name=''; expected text")
+    if s.precision not in PRECISIONS:
+        raise ValueError(f"Scale: precision={s.precision!r}; expected one of {PRECISIONS}")
     if sorted({*s.references} & {'train','test'})!=sorted(s.references) or not s.references:
         raise ValueError(f"Scale: references={s.references!r}; expected 'train', 'test' or both")
     used = s.loss.split('@')[0].removeprefix('perceptual-')

@@ -9,6 +9,7 @@ __all__ = ['PRECONDS', 'TEACHERS', 'READERS', 'Precond', 'EDMPrecond', 'VPPrecon
 
 # %% ../nbs/21_edm.ipynb #e295feb4
 import contextlib, importlib, math, warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,7 @@ def _check_rows(what, given, n, width):
     return given.float()
 
 class Precond(nn.Module):
-    "A denoiser D(x; sigma) around a U-Net; subclasses give the four functions that scale its input and output (EDM, Table 1)."
+    "A denoiser D(x; sigma) around a U-Net; subclasses give the four scalings (EDM, Table 1)."
     sigma_min, sigma_max = 0.0, math.inf
     def __init__(self,
         model:nn.Module, # The network inside, with its configuration in `cfg`
@@ -43,12 +44,15 @@ class Precond(nn.Module):
     def _check(self, x, sigma, labels, augment_labels):
         c, n = self.cfg, len(x)
         want = c.channels, c.image_size, c.image_size
-        if tuple(x.shape[1:])!=want: raise ValueError(f"images of shape {tuple(x.shape)}; expected (N, {', '.join(map(str, want))})")
-        if sigma.numel() not in (1,n): raise ValueError(f"{sigma.numel()} noise levels for {n} images; expected 1 or {n}")
+        if tuple(x.shape[1:])!=want:
+            raise ValueError(f"images of shape {tuple(x.shape)}; expected (N, {', '.join(map(str, want))})")
+        if sigma.numel() not in (1,n):
+            raise ValueError(f"{sigma.numel()} noise levels for {n} images; expected 1 or {n}")
         if c.label_dim and labels is None: labels = torch.zeros(1, c.label_dim, device=x.device)
         elif c.label_dim: labels = _check_rows('labels', labels, n, c.label_dim)
         if augment_labels is None: return labels, None
-        if not c.augment_dim: raise ValueError("augment labels for a network that has none; expected augment_labels=None")
+        if not c.augment_dim:
+            raise ValueError("augment labels for a network that has none; expected augment_labels=None")
         return labels, _check_rows('augment labels', augment_labels, n, c.augment_dim)
 
     def forward(self,
@@ -217,7 +221,8 @@ def sigma_steps(
 )->torch.Tensor:            # steps+1 levels, float64, the last is 0
     "Noise levels of the sampler (EDM, Equation 5)."
     if steps<1: raise ValueError(f"steps={steps}; expected 1 or more")
-    if not 0<sigma_min<sigma_max: raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected 0 < sigma_min < sigma_max")
+    if not 0<sigma_min<sigma_max:
+        raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected 0 < sigma_min < sigma_max")
     t = rho_schedule(torch.arange(steps, dtype=torch.float64)/max(steps-1, 1), sigma_max, sigma_min, rho)
     return torch.cat([t, t.new_zeros(1)])
 
@@ -241,10 +246,11 @@ def ode_derivative(
 
 def _sampler_steps(net, steps, sigma_min, sigma_max, rho, device):
     "The sampler's levels within the network's range and table, on the device."
-    t = sigma_steps(steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho).to('cpu' if device.type=='mps' else device)
+    t = sigma_steps(steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max),
+                    rho).to('cpu' if device.type=='mps' else device)
     if hasattr(net, 'round_sigma'): t[:-1] = net.round_sigma(t[:-1])
     if device.type!='mps': return t
-    warnings.warn("this device has no float64; the sampler steps in float32")
+    warnings.warn("this device has no float64; the sampler steps in float32", stacklevel=3)
     return t.to(device, torch.float32)
 
 # %% ../nbs/21_edm.ipynb #b8b604f4
@@ -252,12 +258,12 @@ def _sampler_steps(net, steps, sigma_min, sigma_max, rho, device):
 def heun_sampler(
     net:Denoiser,           # A denoiser; its `round_sigma`, if it has one, rounds the levels
     latents:torch.Tensor,   # Unit normal (N, C, R, R)
-    labels=None,            # One-hot classes (N, K), or None
+    labels:torch.Tensor|None=None, # One-hot classes (N, K), or None
     steps:int=18,           # Steps n; the network is called 2n-1 times
     sigma_min:float=0.002,  # Smallest noise level before 0, at least the network's
     sigma_max:float=80.0,   # Noise level of the start, at most the network's
     rho:float=7.0,          # Larger puts more steps at small noise
-    callback=None,          # Called after each step with a dict: i, sigma, sigma_next, x, denoised
+    callback:Callable[[dict],object]|None=None, # Called after each step with a dict: i, sigma, sigma_next, x, denoised
 )->torch.Tensor:            # Images (N, C, R, R), float64 and unclipped
     "Deterministic sampling with Heun's second-order steps (EDM, Algorithm 1)."
     t = _sampler_steps(net, steps, sigma_min, sigma_max, rho, latents.device)
@@ -298,9 +304,11 @@ def save_teacher(
     half:bool=True, # Store float16, half the size; frequencies and noise levels stay float32
 ):
     "Keep a teacher: its configuration, where it came from, and its weights."
-    config = dict(class_name=type(net).__name__, unet=net.cfg.to_dict(), sigma_data=getattr(net,'sigma_data',None), card=card)
+    config = dict(class_name=type(net).__name__, unet=net.cfg.to_dict(), sigma_data=getattr(net,'sigma_data',None),
+                  card=card)
     if type(net.cfg) is not UNetConfig: config['network'] = type(net.cfg).__name__
-    save_weights(folder, config, net.state_dict(), half, whole=('u', 'model.map_noise.freqs'))   # angles reach hundreds of radians
+    save_weights(folder, config, net.state_dict(), half,
+                 whole=('u', 'model.map_noise.freqs'))   # angles reach hundreds of radians
 
 # %% ../nbs/21_edm.ipynb #27c42497
 def check_weights(
@@ -361,12 +369,12 @@ def _teacher_folder(name):
     path = weights_dir()/f'teacher-{name}' if str(name) in TEACHERS else Path(name).expanduser()
     missing = sorted(set(WEIGHT_FILES) - ({p.name for p in path.iterdir()} if path.is_dir() else set()))
     if missing:
-        raise FileNotFoundError(f"teacher {str(name)!r}: no {' and no '.join(missing)} in {path}; expected a folder made by "
-                                f"save_teacher, or one of {', '.join(TEACHERS)}")
+        raise FileNotFoundError(f"teacher {str(name)!r}: no {' and no '.join(missing)} in {path}; expected a folder "
+                                f"made by save_teacher, or one of {', '.join(TEACHERS)}")
     return path
 
 def load_teacher(
-    name, # One of `TEACHERS`, a folder made by `save_teacher`, NVIDIA's .pkl, or a folder of diffusers
+    name:str|Path, # One of `TEACHERS`, a folder made by `save_teacher`, NVIDIA's .pkl, or a folder of diffusers
 )->nn.Module: # In eval mode, frozen, float32; with `.name`, `.hash` (SHA-256 of the weights' file) and `.card`
     "A teacher, ready to sample."
     if reader := _reader(name): return reader(name)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import GETConfig
-from .dit import DiT, check_images, check_labels, hub_room, load_student, save_student, student_class
+from .dit import DiT, Pretrained, check_images, check_labels, student_class
 from .layers import MLP, Attention, LabelEmbedder, PatchEmbed, attention, sincos_pos_embed, unpatchify
 
 # %% ../nbs/13_get.ipynb #95650660
@@ -122,8 +122,10 @@ class OutputHead(nn.Module):
     def forward(self, x): return self.linear(self.norm_final(x)) # (N, T, P)
 
 # %% ../nbs/13_get.ipynb #1e4d871b
-class GET(nn.Module):
+class GET(Pretrained):
     "Generative Equilibrium Transformer; in train mode it gives a list of six images, in eval mode one."
+    config_class = GETConfig
+
     def __init__(self,
         cfg:GETConfig, # Injection depth, width, heads, equilibrium depth and the rest
     )->None:
@@ -161,19 +163,6 @@ class GET(nn.Module):
         return state
 
     def decode(self, state): return unpatchify(self.final_layer(state), self.cfg.patch) # (N, C, R, R)
-
-    def save_pretrained(self, folder:str|PathLike[str], card:dict[str,Any]|None=None, half:bool=False)->None:
-        "Write `config.json` and `model.safetensors`; see `save_student`."
-        save_student(self, folder, card, half)
-
-    def push_to_hub(self, repo_id:str, **hub:Any)->str:
-        "Upload weights and card to the Hub; see `ditnano.interop.hub.push`."
-        return hub_room().push(self, repo_id, **hub)
-
-    @classmethod
-    def from_pretrained(cls, name:str|PathLike[str], revision:str|None=None)->'GET':
-        "A GET by folder or Hub id; see `load_student`."
-        return load_student(name, cls, GETConfig, revision)
 
 # %% ../nbs/13_get.ipynb #4697c9e3
 def sample_z0(

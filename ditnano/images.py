@@ -33,7 +33,9 @@ class ImageSet:
     notes:dict=field(default_factory=dict) # `skipped` files (name: why), number of `duplicates`
 
     def __len__(self): return len(self.labels)
-    def __repr__(self): return f"ImageSet({self.name} {self.split}, {len(self)} images, {len(self.classes)} classes, {self.hash[:12]})"
+    def __repr__(self):
+        sizes = f"{len(self)} images, {len(self.classes)} classes"
+        return f"ImageSet({self.name} {self.split}, {sizes}, {self.hash[:12]})"
 
     @property
     def counts(self)->dict:
@@ -60,7 +62,8 @@ def _to_rgb(name, im):
     "Any mode of Pillow as RGB: alpha over white, 16 bits rounded to 8."
     if im.mode.startswith('I') or im.mode=='F':
         a = np.asarray(im).astype(np.float64)
-        if im.mode=='F' or a.min()<0 or a.max()>65535: raise ValueError(f"{name}: numbers of mode {im.mode}; expected 8 or 16 bits a channel")
+        if im.mode=='F' or a.min()<0 or a.max()>65535:
+            raise ValueError(f"{name}: numbers of mode {im.mode}; expected 8 or 16 bits a channel")
         return Image.fromarray((a/257).round().astype(np.uint8)).convert('RGB')
     if im.mode in ('RGBA','LA','PA','RGBa','La') or 'transparency' in im.info:
         im = im.convert('RGBA')
@@ -91,14 +94,18 @@ def decode_picture(
         w, h = im.size
         if w*h>MAX_PIXELS: raise ValueError(f"{name}: {w:,}x{h:,} pixels; expected {MAX_PIXELS:,} at most")
         if min(w,h)<MIN_SIDE or max(w,h)>MAX_RATIO*min(w,h):
-            raise ValueError(f"{name}: {w}x{h} pixels; expected {MIN_SIDE} or more a side, and sides within a factor of {MAX_RATIO}")
+            raise ValueError(f"{name}: {w}x{h} pixels; "
+                             f"expected {MIN_SIDE} or more a side, and sides within a factor of {MAX_RATIO}")
         im = _to_rgb(name, ImageOps.exif_transpose(im))
-    except Image.DecompressionBombError: raise ValueError(f"{name}: oversized; expected {MAX_PIXELS:,} pixels at most") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name}: oversized; expected {MAX_PIXELS:,} pixels at most") from None
     except ValueError: raise
     except Exception as e:
         why = type(e).__name__
-        raise ValueError(f"{name}: not a readable picture ({why}); expected an undamaged {', '.join(x[1:] for x in EXTENSIONS)}") from None
-    if size is None and im.size[0]!=im.size[1]: raise ValueError(f"{name}: {w}x{h} pixels; expected a square, or a size to resize to")
+        raise ValueError(f"{name}: not a readable picture ({why}); "
+                         f"expected an undamaged {', '.join(x[1:] for x in EXTENSIONS)}") from None
+    if size is None and im.size[0]!=im.size[1]:
+        raise ValueError(f"{name}: {w}x{h} pixels; expected a square, or a size to resize to")
     im = _resize_crop(im, size or im.size[0])
     return np.asarray(im.convert('L'))[None] if channels==1 else np.asarray(im).transpose(2,0,1)
 
@@ -119,22 +126,27 @@ _PICTURE = re.compile(r'(?:^|/)(train|test)/([a-z]+)/([^/]+)\.(png|jpe?g)$', re.
 
 def _check_member(archive, m):
     where = f"{archive.name}: member {m.name!r}"
-    if m.name.startswith('/') or '..' in m.name.split('/'): raise ValueError(f"{where} leaves the archive's folder; expected plain relative paths")
+    if m.name.startswith('/') or '..' in m.name.split('/'):
+        raise ValueError(f"{where} leaves the archive's folder; expected plain relative paths")
     if m.issym() or m.islnk(): raise ValueError(f"{where} is a link; expected plain files")
-    if m.isfile() and m.size>MAX_MEMBER: raise ValueError(f"{where} has {m.size:,} bytes; expected at most {MAX_MEMBER:,}")
+    if m.isfile() and m.size>MAX_MEMBER:
+        raise ValueError(f"{where} has {m.size:,} bytes; expected at most {MAX_MEMBER:,}")
 
 def _archive_files(archive):
     "Yield (name, bytes) of the pictures in a tar archive, in its order."
     try:
         with tarfile.open(archive, 'r|*') as tar:
             for k,m in enumerate(tar):
-                if k>=MAX_MEMBERS: raise ValueError(f"{archive.name}: more than {MAX_MEMBERS:,} members; expected one image set")
+                if k>=MAX_MEMBERS:
+                    raise ValueError(f"{archive.name}: more than {MAX_MEMBERS:,} members; expected one image set")
                 _check_member(archive, m)
-                if m.isfile() and _PICTURE.search(m.name) and not is_junk(m.name): yield m.name, tar.extractfile(m).read()
+                if m.isfile() and _PICTURE.search(m.name) and not is_junk(m.name):
+                    yield m.name, tar.extractfile(m).read()
     except ValueError: raise
     except Exception as e:
         if not isinstance(e, (tarfile.TarError, EOFError, OSError)) and type(e).__name__!='LZMAError': raise
-        raise ValueError(f"{archive.name}: damaged or truncated ({type(e).__name__}); expected a complete tar archive") from None
+        raise ValueError(f"{archive.name}: damaged or truncated ({type(e).__name__}); "
+                         "expected a complete tar archive") from None
 
 # %% ../nbs/23_images.ipynb #80ffdf61
 def _tree_files(folder):
@@ -142,7 +154,8 @@ def _tree_files(folder):
     for p in sorted(folder.glob('*/*/*')):
         name = p.relative_to(folder).as_posix()
         if not _PICTURE.search(name) or is_junk(name): continue
-        if p.is_symlink() or p.stat().st_size>MAX_MEMBER: raise ValueError(f"{name}: a link or over {MAX_MEMBER:,} bytes; expected a small plain file")
+        if p.is_symlink() or p.stat().st_size>MAX_MEMBER:
+            raise ValueError(f"{name}: a link or over {MAX_MEMBER:,} bytes; expected a small plain file")
         yield name, p.read_bytes()
 
 # %% ../nbs/23_images.ipynb #d1971a90
@@ -151,11 +164,13 @@ def _decode_files(files, where, split):
     found = {}
     for name,data in files:
         part, cls, stem, kind = _PICTURE.search(name).groups()
-        if cls.lower() not in CIFAR_CLASSES: raise ValueError(f"{where}: class folder {cls!r}; expected one of {', '.join(CIFAR_CLASSES)}")
+        if cls.lower() not in CIFAR_CLASSES:
+            raise ValueError(f"{where}: class folder {cls!r}; expected one of {', '.join(CIFAR_CLASSES)}")
         if part.lower()!=split: continue
         key, a = (CIFAR_CLASSES.index(cls.lower()), stem), decode_picture(name, data)
         if a.shape[1:]!=(32,32): raise ValueError(f"{name}: {a.shape[2]}x{a.shape[1]} pixels; expected 32x32")
-        if key in found: raise ValueError(f"{where}: two pictures {split}/{cls}/{stem}; expected one ending for each name")
+        if key in found:
+            raise ValueError(f"{where}: two pictures {split}/{cls}/{stem}; expected one ending for each name")
         found[key] = a, kind.lower()
     if not found: raise ValueError(f"{where}: no pictures under {split}/<class>/; expected PNG or JPEG files there")
     order = sorted(found)
@@ -176,7 +191,8 @@ def _batches(folder, split):
     names = [f'data_batch_{k}' for k in range(1,6)] if split=='train' else ['test_batch']
     images, labels = [], []
     for n in names:
-        if not (folder/n).is_file(): raise FileNotFoundError(f"{folder.name}: no file {n}; expected torchvision's CIFAR-10 batches")
+        if not (folder/n).is_file():
+            raise FileNotFoundError(f"{folder.name}: no file {n}; expected torchvision's CIFAR-10 batches")
         try: d = _ArraysOnly(io.BytesIO((folder/n).read_bytes()), encoding='bytes').load()
         except (pickle.UnpicklingError, EOFError):
             raise ValueError(f"{folder.name}/{n}: damaged or truncated; expected a CIFAR-10 batch") from None
@@ -194,23 +210,26 @@ def find_cifar10(
     for p in [folder, *sorted(folder.glob('cifar10*'))]:
         if (p/'train').is_dir(): return 'tree', p
     for p in sorted(folder.glob('cifar10*.tar*')): return 'archive', p
-    raise FileNotFoundError(f"cifar10: nothing in {folder} (DITNANO_DATA); expected cifar-10-batches-py/, train/<class>/*.png, or cifar10*.tar*")
+    raise FileNotFoundError(f"cifar10: nothing in {folder} (DITNANO_DATA); "
+                            "expected cifar-10-batches-py/, train/<class>/*.png, or cifar10*.tar*")
 
 def download_cifar10():
-    "Fetch CIFAR-10 into the data folder through torchvision, which checks the digest. The only call here that uses the network."
+    "Fetch CIFAR-10 by torchvision, which checks the digest. The only call here that uses the network."
     import_guarded('torchvision')
     from torchvision.datasets import CIFAR10
     CIFAR10(str(data_dir()), download=True)
 
 # %% ../nbs/23_images.ipynb #279bea09
 def _tree_key(folder):
-    listing = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob('*/*/*'))]
+    listing = [(p.relative_to(folder).as_posix(), p.stat().st_size,
+                p.stat().st_mtime_ns) for p in sorted(folder.glob('*/*/*'))]
     return content_hash(listing)
 
 def _cifar10(kind, path, split):
     "Images, labels, and the name that tells where the pixels come from."
     if kind=='batches': return *_batches(path, split), 'cifar10'
-    images, labels, jpeg = _decode_files(_archive_files(path) if kind=='archive' else _tree_files(path), path.name, split)
+    images, labels, jpeg = _decode_files(_archive_files(path) if kind=='archive' else _tree_files(path), path.name,
+                                         split)
     return images, labels, 'cifar10-jpeg' if jpeg else 'cifar10'
 
 def _source_key(kind, path):
@@ -240,10 +259,12 @@ def read_cache(
         with safe_open(file, 'pt') as f:
             meta, images, labels = f.metadata(), f.get_tensor('images'), f.get_tensor('labels')
         stamp = file, file.stat().st_mtime_ns
-        if stamp not in _verified and array_hash(images, labels)!=meta['hash']: raise ValueError('its content is not that of its hash')
+        if stamp not in _verified and array_hash(images, labels)!=meta['hash']:
+            raise ValueError('its content is not that of its hash')
         classes, notes = classes or tuple(json.loads(meta['classes'])), json.loads(meta.get('notes', '{}'))
     except PermissionError: raise
-    except Exception as e: raise ValueError(f"{file}: damaged cache ({str(e) or type(e).__name__}); delete it and run again") from None
+    except Exception as e:
+        raise ValueError(f"{file}: damaged cache ({str(e) or type(e).__name__}); delete it and run again") from None
     _verified.add(stamp)
     return ImageSet(images, labels, meta['name'], split, classes, meta['hash'], notes)
 
@@ -283,20 +304,22 @@ READER = 'ditnano.interop.pictures:load_pictures'   # reads what has no name her
 def _load_full(name, split, folder):
     where = cache_dir()/'images'
     if name=='digits32':
-        return _cached(where/f'digits32-v1-{split}.safetensors', lambda: (*_digits32(split), 'digits32'), split, tuple('0123456789'))
+        return _cached(where/f'digits32-v1-{split}.safetensors', lambda: (*_digits32(split), 'digits32'), split,
+                       tuple('0123456789'))
     kind, path = find_cifar10(folder)
     file = where/f'cifar10-{_source_key(kind, path)}-{split}.safetensors'
     return _cached(file, lambda: _cifar10(kind, path, split), split, CIFAR_CLASSES)
 
 def _load_named(name, at, split, size, folder, channels):
-    if at and not at.isdigit(): raise ValueError(f"image set {name}@{at}; expected a size in pixels after '@', as in 'cifar10@16'")
+    if at and not at.isdigit():
+        raise ValueError(f"image set {name}@{at}; expected a size in pixels after '@', as in 'cifar10@16'")
     data, size = _load_full(name, split, folder), size or int(at or 0)
     if size and size!=data.images.shape[-1]: data = resize_images(data, size)
     return to_grey(data) if channels==1 else data
 
 # %% ../nbs/23_images.ipynb #bed34679
 def load_images(
-    source,              # 'digits32', 'cifar10', one of them with a size as in 'cifar10@16', or a path (`interop.pictures`)
+    source,              # 'digits32', 'cifar10', either with a size as in 'cifar10@16', or a path (`interop.pictures`)
     split:str='train',   # 'train' or 'test'
     size:int=None,       # Side in pixels; of a named set a divisor of 32
     folder=None,         # Where CIFAR-10 lies; default `DITNANO_DATA`
@@ -321,7 +344,8 @@ def grid(
 )->Image.Image:
     "Pictures on one sheet, row by row, on white."
     if images.dtype!=torch.uint8 or images.ndim!=4 or images.shape[1] not in (1,3) or not len(images):
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 3, R, R) or (N, 1, R, R)")
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; "
+                         "expected uint8 (N, 3, R, R) or (N, 1, R, R)")
     columns = columns or math.ceil(len(images)**0.5)
     if columns<1 or scale<1 or gap<0:
         raise ValueError(f"columns={columns}, scale={scale}, gap={gap}; expected 1, 1, 0 or more")

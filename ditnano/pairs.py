@@ -10,6 +10,7 @@ __all__ = ['DTYPES', 'CHECKS', 'MAX_OPEN', 'ROWS_PER_READ', 'teacher_hash', 'pai
 # %% ../nbs/24_pairs.ipynb #bf074612
 import copy, errno, json, mmap, time
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from safetensors.torch import save_file
 
 from . import edm
 from .config import PRECISIONS
-from .repro import (atomic, cache_dir, content_hash, data_dir, exact_convolutions, file_hash, lock, noise_and_labels,
+from .repro import (atomic, cache_dir, content_hash, data_dir, exact_convolutions, file_hash, lock,
+                           noise_and_labels,
                            pick_device, read_json, state_hash, verified_hash, weights_dir, write_json)
 
 # %% ../nbs/24_pairs.ipynb #1de8d5b1
@@ -31,7 +33,8 @@ def teacher_hash(
     "Who the teacher is: the hash of its file if it is as loaded, else of its class and every weight."
     network = isinstance(net, torch.nn.Module)
     if getattr(net, 'hash', None) and not (network and any(p.requires_grad for p in net.parameters())): return net.hash
-    if not network: raise ValueError(f"teacher {type(net).__name__}: no attribute hash; expected one that names its content")
+    if not network:
+        raise ValueError(f"teacher {type(net).__name__}: no attribute hash; expected one that names its content")
     return state_hash(net.state_dict(), f"{type(net).__name__} {getattr(net,'sigma_data',None)}")
 
 # %% ../nbs/24_pairs.ipynb #604255eb
@@ -45,7 +48,8 @@ def pairs_recipe(
     "What decides the content of a set of pairs (EDM's sampler settings; no churn)."
     if image_dtype not in DTYPES: raise ValueError(f"image_dtype {image_dtype!r}: expected 'fp32' or 'fp16'")
     if steps<1: raise ValueError(f"steps={steps}: expected 1 or more")
-    if precision not in PRECISIONS: raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
     reduced = {} if precision=='fp32' else {'precision':precision}
     return {'format':1, 'teacher':{'name':name, 'sha256':teacher_hash(net)}, 'image_dtype':image_dtype,
             'sampler':{'kind':'heun', 'steps':steps, 'sigma_min':0.002, 'sigma_max':80, 'rho':7, **reduced},
@@ -55,7 +59,9 @@ DTYPES = {'fp32':torch.float32, 'fp16':torch.float16}
 
 def _shape_and_classes(net):
     c = getattr(net, 'cfg', None)
-    if c is None: raise ValueError(f"teacher {type(net).__name__}: no attribute cfg; expected one with channels, image_size, label_dim")
+    if c is None:
+        raise ValueError(f"teacher {type(net).__name__}: no attribute cfg; "
+                         "expected one with channels, image_size, label_dim")
     return {'shape':[c.channels, c.image_size, c.image_size], 'classes':c.label_dim}
 
 def _identity(recipe): return recipe | {'teacher':recipe['teacher']['sha256']}
@@ -72,13 +78,14 @@ def sample_pairs(
     onehot = F.one_hot(y, recipe['classes']).float().to(device) if recipe['classes'] else None
     s = recipe['sampler']
     how = {k:s[k] for k in ('steps','sigma_min','sigma_max','rho')}
-    with exact_convolutions(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=s.get('precision')=='bf16'):
+    with exact_convolutions(), torch.autocast(torch.device(device).type, torch.bfloat16,
+                                              enabled=s.get('precision')=='bf16'):
         x = edm.heun_sampler(net, z.to(device), onehot, **how)
     x = x.float().cpu()
     bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"teacher {recipe['teacher']['name']!r} gave an image that is not finite for seed {seeds[bad[0]]}; "
-                         "its shard is not written")
+        raise ValueError(f"teacher {recipe['teacher']['name']!r} gave an image that is not finite for seed "
+                         f"{seeds[bad[0]]}; its shard is not written")
     return z, x, y
 
 # %% ../nbs/24_pairs.ipynb #2e8e58d6
@@ -123,7 +130,8 @@ def to_shard_tensors(
     z, x, y = (torch.cat(p) for p in zip(*parts))
     out = {'x':x.to(DTYPES[recipe['image_dtype']]), 'y':y}
     if not out['x'].isfinite().all():
-        raise ValueError(f"{_position_word(recipe)} {lo}-{hi-1}: an image exceeds the range of fp16; use image_dtype='fp32'")
+        raise ValueError(f"{_position_word(recipe)} {lo}-{hi-1}: an image exceeds the range of fp16; use "
+                         "image_dtype='fp32'")
     return out | {'z':z} if store_noise else out
 
 def _make_shard(net, recipe, batch, device, store_noise, lo, hi):
@@ -141,7 +149,8 @@ def _write_shard(out, tensors, lo, hi, **facts):
         full = getattr(e, 'errno', None)==errno.ENOSPC or 'No space left' in str(e)
         what = 'no space left on the disk' if full else str(e).splitlines()[0]
         raise OSError(f"{path}: {what}; the shards before it are kept, run again to resume") from None
-    return {'file':path.name, 'seeds':[lo,hi], 'count':hi-lo, 'bytes':path.stat().st_size, 'sha256':file_hash(path), **facts}
+    return {'file':path.name, 'seeds':[lo,hi], 'count':hi-lo, 'bytes':path.stat().st_size, 'sha256':file_hash(path),
+            **facts}
 
 # %% ../nbs/24_pairs.ipynb #2413f478
 def read_manifest(
@@ -149,7 +158,8 @@ def read_manifest(
 )->dict: # `recipe`, `layout`, `seeds` (first, one past last), `shards`
     "The list of what a folder of pairs holds."
     path = Path(folder)/'manifest.json'
-    if not path.is_file(): raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_get_pairs")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_get_pairs")
     try:
         m = read_json(path)
         m['recipe']['teacher']['sha256'], m['layout']['shard'], m['seeds'][1]
@@ -172,7 +182,8 @@ def _open_manifest(out, recipe, layout, a, b):
     m = read_manifest(out)
     old, new = (_flatten(_identity(r)|l) for r,l in ((m['recipe'],m['layout']), (recipe,layout)))
     for k in old|new:
-        if old.get(k)!=new.get(k): raise ValueError(f"{out}: made with {k}={old.get(k)}, asked for {k}={new.get(k)}; choose another folder")
+        if old.get(k)!=new.get(k):
+            raise ValueError(f"{out}: made with {k}={old.get(k)}, asked for {k}={new.get(k)}; choose another folder")
     lo, hi = m['seeds']
     if a>hi or b<lo: raise ValueError(f"{out}: holds seeds {lo}-{hi-1}; seeds {a}-{b-1} would leave a hole")
     return m | {'seeds':[min(a,lo), max(b,hi)]}
@@ -192,17 +203,17 @@ def _resolve_teacher(teacher, name=None):
 
 # %% ../nbs/24_pairs.ipynb #2d5f5754
 def make_pairs(
-    teacher,      # Name, folder, network or other `edm.Denoiser` (`edm.load_teacher`)
-    seeds,        # Range of seeds: range(1000), 1000, or '0-999'
-    out,          # Folder; one that is there is continued
+    teacher:'str|Path|edm.Denoiser', # Name, folder, network or other denoiser (`edm.load_teacher`)
+    seeds:str|int|Sequence[int],     # Range of seeds: range(1000), 1000, or '0-999'
+    out:str|Path, # Folder; one that is there is continued
     steps:int=18, # Heun steps of the teacher
     shard:int=1000, # Pairs in a file
     batch:int=250,  # Pairs sampled at once
     image_dtype:str='fp32', # 'fp32' or 'fp16'
     store_noise:bool=True,  # False: readers make the noise again from its seed
     device:str='auto',      # Where the teacher runs
-    log=None,               # Called with one line after each shard, e.g. `print`
-    name:str=None,          # The teacher's name, if a network is given
+    log:Callable[[str],object]|None=None, # Called with one line after each shard, e.g. `print`
+    name:str|None=None,     # The teacher's name, if a network is given
     precision:str='fp32',   # Of the teacher: 'fp32' or 'bf16', faster and a little different
 )->Path: # The folder
     "Let the teacher draw one image per seed; run again to continue or to extend (Section 2 of the paper)."
@@ -213,7 +224,8 @@ def make_pairs(
     recipe = pairs_recipe(teacher, name, steps, image_dtype, precision)
     def ready(): return partial(_make_shard, frozen_copy(teacher, device), recipe, batch, device, store_noise)
     with torch.inference_mode():
-        return write_pairs(out, recipe, {'shard':shard, 'noise':store_noise}, a, b, ready, log, batch=batch, device=device.type)
+        return write_pairs(out, recipe, {'shard':shard, 'noise':store_noise}, a, b, ready, log, batch=batch,
+                           device=device.type)
 
 # %% ../nbs/24_pairs.ipynb #851aa38e
 def write_pairs(
@@ -255,7 +267,8 @@ def map_safetensors(
             header = json.loads(f.read(n))
             m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         header.pop('__metadata__', None)
-        return {k:np.frombuffer(m, _NUMPY[v['dtype']], int(np.prod(v['shape'])), 8+n+v['data_offsets'][0]).reshape(v['shape'])
+        return {k:np.frombuffer(m, _NUMPY[v['dtype']], int(np.prod(v['shape'])),
+                                8+n+v['data_offsets'][0]).reshape(v['shape'])
                 for k,v in header.items()}, m
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f"{path}: not a readable shard ({type(e).__name__})") from None
@@ -265,10 +278,13 @@ CHECKS = ('size','hash',None)
 
 def _check_shard(path, record, check):
     a, b = record['seeds']
-    if not path.is_file(): raise FileNotFoundError(f"{path}: the shard of seeds {a}-{b-1} is missing; run make_pairs (or import_get_pairs) again")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the shard of seeds {a}-{b-1} is missing; run make_pairs (or "
+                                "import_get_pairs) again")
     if check is None: return
     size = path.stat().st_size
-    if size!=record['bytes']: raise ValueError(f"{path}: {size:,} bytes, expected {record['bytes']:,}; cut short or altered")
+    if size!=record['bytes']:
+        raise ValueError(f"{path}: {size:,} bytes, expected {record['bytes']:,}; cut short or altered")
     if check=='hash': verified_hash(path, record['sha256'])
 
 # %% ../nbs/24_pairs.ipynb #ef139e39
@@ -288,8 +304,8 @@ def _records(folder, m, limit, check):
     (a, b), n = m['seeds'], _num_contiguous_pairs(m)
     want = b-a if limit is None else limit
     if not 1<=want<=n:
-        raise ValueError(f"{folder}: {n} of {b-a} pairs are there, {want} asked for; run make_pairs (or import_get_pairs) again, "
-                         "or give a smaller limit")
+        raise ValueError(f"{folder}: {n} of {b-a} pairs are there, {want} asked for; run make_pairs "
+                         "(or import_get_pairs) again, or give a smaller limit")
     records = [s for s in m['shards'] if s['seeds'][0]<a+want]
     for s in records: _check_shard(_shard_path(folder, s), s, check)
     return records, want
@@ -305,13 +321,15 @@ class _NoiseCache:
     def __call__(self, idx, y, path):
         z = np.empty((len(idx), *self.shape), np.float32)
         if self.keep and self.known is None: # pages of an empty array cost nothing until written
-            self.known, self.store = np.zeros(len(self.seeds), bool), np.empty((len(self.seeds), *self.shape), np.float32)
+            self.known, self.store = np.zeros(len(self.seeds), bool), np.empty((len(self.seeds), *self.shape),
+                                                                               np.float32)
         have = self.known[idx] if self.keep else np.zeros(len(idx), bool)
         if have.any(): z[have] = self.store[idx[have]]
         if have.all(): return z
         fresh, labels = noise_and_labels([self.seeds[i] for i in idx[~have]], self.shape, self.classes)
         if (labels.numpy()!=y[~have]).any():
-            raise ValueError(f"{path}: its labels are not those of its seeds; this torch draws other noise, so use pairs with stored noise")
+            raise ValueError(f"{path}: its labels are not those of its seeds; this torch draws other noise, so use "
+                             "pairs with stored noise")
         z[~have] = fresh.numpy()
         if self.keep: self.store[idx], self.known[idx] = z, True
         return z
@@ -323,7 +341,7 @@ MAX_OPEN = 64     # shards that stay mapped at once
 ROWS_PER_READ = 8 # rows; one touch can map 2 MB where the system caches files in large pieces
 
 class _ShardReader:
-    "The files of a set, each mapped when it is needed, the least recently used let go, each hash compared at first touch."
+    "The files of a set: mapped when needed, hashes compared once, the least recently used let go."
     def __init__(self, paths, records, shape, verify):
         self.paths, self.records, self.shape, self.verify = paths, records, tuple(shape), verify
         self.open = OrderedDict()
@@ -348,7 +366,8 @@ class _ShardReader:
             out[at[i:i+ROWS_PER_READ]] = array[rows[i:i+ROWS_PER_READ]]
             if hasattr(mmap, 'MADV_DONTNEED'): m.madvise(mmap.MADV_DONTNEED)
 
-    def __getstate__(self): return self.__dict__ | {'open':OrderedDict()}   # a map cannot travel to a worker; it opens its own
+    def __getstate__(self):
+        return self.__dict__ | {'open':OrderedDict()}   # a map cannot travel to a worker; it opens its own
 
 # %% ../nbs/24_pairs.ipynb #6c4fa25a
 def _check_finite(data, idx, z, x):
@@ -364,10 +383,10 @@ def _check_finite(data, idx, z, x):
 class PairDataset(torch.utils.data.Dataset):
     "Pairs in the order of their seeds: `[i] -> (z, x, y)`, images unclipped."
     def __init__(self,
-        folder,           # Made by `make_pairs` or `import_get_pairs`
-        check='size',     # 'size': sizes now, each hash at first touch; 'hash': all now; None: neither
-        limit:int=None,   # Only the first `limit` pairs
-        noise_cache=256,  # MB of regenerated noise to keep
+        folder:str|Path,  # Made by `make_pairs` or `import_get_pairs`
+        check:str|None='size', # 'size': sizes now, each hash at first touch; 'hash': all now; None: neither
+        limit:int|None=None, # Only the first `limit` pairs
+        noise_cache:float=256, # MB of regenerated noise to keep
     ):
         m, self.folder = read_manifest(folder), Path(folder)
         records, want = _records(self.folder, m, limit, check)
@@ -383,14 +402,14 @@ class PairDataset(torch.utils.data.Dataset):
         name, word = self.recipe['teacher']['name'], _position_word(self.recipe)
         return f"PairDataset({name}, {word} {self.seeds[0]}-{self.seeds[-1]}, {self.hash})"
 
-    def __getitem__(self, i:int):
+    def __getitem__(self, i:int)->tuple[torch.Tensor,torch.Tensor,int]:
         "Noise and image (C, R, R) float32, label."
         z, x, y = self.batch([i+len(self) if i<0 else i])
         return z[0], x[0], int(y[0])
 
     def batch(self,
-        indices, # Positions 0..len-1, in any order: list, array or tensor
-    )->tuple: # Noise (N,C,R,R) float32, images (N,C,R,R) float32, labels (N,) int64
+        indices:Sequence[int]|np.ndarray|torch.Tensor, # Positions 0..len-1, in any order: list, array or tensor
+    )->tuple[torch.Tensor,torch.Tensor,torch.Tensor]: # Noise, images (N,C,R,R) float32, labels (N,) int64
         "Many pairs at once, gathered shard by shard."
         idx = np.asarray(indices, dtype=np.int64)
         if idx.size and not (0<=idx.min() and idx.max()<len(self)):

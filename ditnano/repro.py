@@ -177,7 +177,7 @@ def _finish(tmp, mode, sync):
 
 def _move_into_place(tmp, path):
     "Rename; a folder that is there is set aside first, as no system call exchanges two folders everywhere."
-    if not (tmp.is_dir() and path.is_dir()): return os.replace(tmp, path)
+    if not tmp.is_dir(): return os.replace(tmp, path)
     for _ in range(100):   # another writer may put its folder there between the two renames
         aside = tmp.with_name(tmp.name.removesuffix('tmp')+'old.tmp')
         with contextlib.suppress(FileNotFoundError): os.rename(path, aside)

@@ -546,37 +546,38 @@ class GraphedStep:
         self.steps_left -= 1
         if torch.is_tensor(self.decay): self.decay.fill_(decay)
         else: self.decay = decay
-        if self.steps_left==-1: return self.record(inputs)
+        if self.steps_left==-1: return _record(self, inputs)
         if self.replay is None: self.inputs = inputs
         if self.replay is None: return self.whole_step()
         for old,new in zip(self.inputs, inputs): old.copy_(new)
         self.replay()
         return self.result.clone()
 
-    def record(self, inputs)->torch.Tensor:
-        "Record, and keep the recording only if its loss is the eager one."
-        self.inputs, changed = tuple(a.clone() for a in inputs), self.changed_tensors()
-        before = [t.clone() for t in changed]
-        def restore(): torch._foreach_copy_(changed, before)
-        try:
-            self.replay, self.result = self.capture(self.whole_step, restore)
-            with torch.no_grad(): expected = self.loss()
-            restore()
-            self.replay()
-            if not torch.allclose(self.result, expected, rtol=1e-2, atol=1e-3):
-                raise RuntimeError(f"loss {self.result.item():.4g} when replayed, {expected.item():.4g} eager")
-            return self.result.clone()
-        except RuntimeError as e:
-            print(f"step not recorded: {str(e).splitlines()[0]}; training continues eagerly", file=sys.stderr)
-            self.replay = None
-            self.state.optimizer.zero_grad(set_to_none=True)
-            restore()
-            return self.whole_step()
+# %% ../nbs/31_train.ipynb #2e5c2348
+def _changed_tensors(state):
+    "Everything that a step writes to: weights, buffers, moments, averages."
+    moments = [v for slot in state.optimizer.state.values() for v in slot.values() if torch.is_tensor(v)]
+    return [*(v.detach() for v in state.model.state_dict().values()), *moments, *state.ema.values()]
 
-    def changed_tensors(self)->list[torch.Tensor]:
-        "Everything that a step writes to: weights, buffers, moments, averages."
-        moments = [v for slot in self.state.optimizer.state.values() for v in slot.values() if torch.is_tensor(v)]
-        return [*(v.detach() for v in self.state.model.state_dict().values()), *moments, *self.state.ema.values()]
+def _record(graphed, inputs):
+    "Record a step, and keep the recording only if its loss is the eager one."
+    graphed.inputs, changed = tuple(a.clone() for a in inputs), _changed_tensors(graphed.state)
+    before = [t.clone() for t in changed]
+    def restore(): torch._foreach_copy_(changed, before)
+    try:
+        graphed.replay, graphed.result = graphed.capture(graphed.whole_step, restore)
+        with torch.no_grad(): expected = graphed.loss()
+        restore()
+        graphed.replay()
+        if not torch.allclose(graphed.result, expected, rtol=1e-2, atol=1e-3):
+            raise RuntimeError(f"loss {graphed.result.item():.4g} when replayed, {expected.item():.4g} eager")
+        return graphed.result.clone()
+    except RuntimeError as e:
+        print(f"step not recorded: {str(e).splitlines()[0]}; training continues eagerly", file=sys.stderr)
+        graphed.replay = None
+        graphed.state.optimizer.zero_grad(set_to_none=True)
+        restore()
+        return graphed.whole_step()
 
 # %% ../nbs/31_train.ipynb #e13387a4
 def supports_graph_capture(
@@ -654,19 +655,21 @@ class Clock:
         return due or self.stop
 
 # %% ../nbs/31_train.ipynb #afa4ccdc
-@contextlib.contextmanager
-def _folder_lock(folder, device):
-    "One training in a folder at a time; the first process holds the lock for all."
-    with contextlib.ExitStack() as stack:
-        held = lock(folder/'.train.lock', message=f'training in {folder}')
-        on_rank0(lambda: stack.enter_context(held), device)
-        yield
-
 class RunFiles:
     "A run's folder: checkpoint and history, written by the first process."
-    def __init__(self, folder:str|os.PathLike[str], identity:dict[str,Any], device='auto'):
-        self.folder, self.identity, self.device = Path(folder), identity, device
+    def __init__(self, folder:str|os.PathLike[str], task:Task, cfg:TrainConfig, device='auto'):
+        self.folder, self.task, self.cfg, self.device = Path(folder), task, cfg, device
+        self.identity = {'train':cfg.to_dict(), 'task':task.identity}
         self.file, self.history = self.folder/'state.safetensors', History(folder)
+
+    @contextlib.contextmanager
+    def held(self, callback:Callable|None=None):
+        "One training in a folder at a time: the first process holds the lock; the callback is closed at the end."
+        with contextlib.ExitStack() as stack:
+            if hasattr(callback,'close'): stack.callback(callback.close)
+            mine = lock(self.folder/'.train.lock', message=f'training in {self.folder}')
+            on_rank0(lambda: stack.enter_context(mine), self.device)
+            yield
 
     def resume(self, state:State):
         "Load the checkpoint, if there is one, and cut the history to it; all processes must have found the same."
@@ -682,12 +685,20 @@ class RunFiles:
                                                  f"{found[0][0]}; expected one folder that all processes see")
         on_rank0(lambda: self.history.restore(state.step, mark), self.device)
 
-    def save(self, state:State):
-        on_rank0(lambda: save_state(state, self.file, self.identity, self.history.mark()), self.device)
-
-    def log(self, line:dict[str,Any], callback:Callable|None):
+    def log(self, state:State, loss:torch.Tensor, clock:Clock, callback:Callable|None):
+        "One line of the history."
+        cfg, step = self.cfg, state.step
+        line = {'step':step, 'images':min(step*cfg.batch, cfg.images), 'of':cfg.images, 'loss':loss.item(),
+                'lr':learning_rate(cfg, step-1), 'images_per_s':round(clock.rate(step)*cfg.batch, 2),
+                'seconds':round(clock.spent(), 2)}
         on_rank0(lambda: self.history.append(line), self.device)
         if callback and int(os.environ.get('RANK') or 0)==0: callback(line)
+
+    def save(self, state:State, clock:Clock):
+        "A checkpoint of now."
+        state.seconds = clock.spent()
+        on_rank0(lambda: save_state(state, self.file, self.identity, self.history.mark()), self.device)
+
 
 # %% ../nbs/31_train.ipynb #359b2b50
 def _bad_sample(task, cfg, steps):
@@ -699,24 +710,19 @@ def _bad_sample(task, cfg, steps):
             finite = t.flatten(1).isfinite().all(1)
             if not finite.all(): return int(idx[~finite.cpu()][0])
 
-def _check_loss(loss, state, task, cfg, file, looked):
-    "Refuse a loss that is not finite; `looked` is the step of the last look."
-    value = loss.item()
+def _check_loss(loss, state, files, unseen):
+    "Refuse a loss that is not finite; `unseen` steps have passed since the last look."
+    value, file, step = loss.item(), files.file, state.step
     if math.isfinite(value): return
     kept = "no checkpoint was written"
     if file.exists(): kept = f"the checkpoint before it is kept in {file.parent.name}/{file.name}"
-    bad = _bad_sample(task, cfg, range(looked, state.step))
-    if bad is not None:
-        raise FloatingPointError(f"data: sample {bad} holds a value that is not finite, so the loss is {value} at step "
-                                 f"{state.step}; expected finite numbers ({kept})")
-    raise FloatingPointError(f"loss is {value} at step {state.step}; expected a finite number "
-                             f"({kept}; try a lower learning rate)")
+    bad = _bad_sample(files.task, files.cfg, range(max(0, step-unseen), step))
+    if bad is None:
+        raise FloatingPointError(f"loss is {value} at step {step}; expected a finite number "
+                                 f"({kept}; try a lower learning rate)")
+    raise FloatingPointError(f"data: sample {bad} holds a value that is not finite, so the loss is {value} at step "
+                             f"{step}; expected finite numbers ({kept})")
 
-def _line(state, cfg, loss, clock):
-    "One line of the history."
-    return {'step':state.step, 'images':min(state.step*cfg.batch, cfg.images), 'of':cfg.images, 'loss':loss.item(),
-            'lr':learning_rate(cfg, state.step-1), 'images_per_s':round(clock.rate(state.step)*cfg.batch, 2),
-            'seconds':round(clock.spent(), 2)}
 
 # %% ../nbs/31_train.ipynb #956c5eee
 def fit(
@@ -733,11 +739,8 @@ def fit(
     "Train, or resume training; a foreign checkpoint and a loss that is not finite are errors."
     accelerator, state = prepare_training(task, cfg, device)
     kind, alone = accelerator.device.type, accelerator.num_processes==1
-    files = RunFiles(folder, {'train':cfg.to_dict(), 'task':task.identity}, kind)
-    with contextlib.ExitStack() as stack:
-        if hasattr(callback,'close'): stack.callback(callback.close)
-        stack.enter_context(_folder_lock(files.folder, kind))
-        signals = stack.enter_context(StopSignals())
+    files = RunFiles(folder, task, cfg, kind)
+    with files.held(callback), StopSignals() as signals:
         files.resume(state)
         model = accelerator.prepare_model(state.model).train()
         graphed = make_graphed_step(task, cfg, state, accelerator)
@@ -746,19 +749,17 @@ def fit(
             with _naming_rank(accelerator, f'step {state.step+1}'):
                 loss = train_step(state, task, cfg, accelerator, model, graphed)
             look = state.step%log_every==0 or state.step==end
-            if look or kind=='cpu': _check_loss(loss, state, task, cfg, files.file, max(0, state.step-log_every))
-            if look: files.log(_line(state, cfg, loss, clock), callback)
-            save = (alone or look) and clock.save_now(signals.received, kind)
-            if not (save or state.step==end): continue
-            _check_loss(loss, state, task, cfg, files.file, max(0, state.step-log_every))
-            state.seconds = clock.spent()
-            files.save(state)
+            if look or kind=='cpu': _check_loss(loss, state, files, log_every)
+            if look: files.log(state, loss, clock, callback)
+            if (alone or look) and (clock.save_now(signals.received, kind) or state.step==end):
+                _check_loss(loss, state, files, log_every)
+                files.save(state, clock)
     state.model.eval()
-    if clock.signal: _take_signal(clock.signal, files, state, cfg)
+    if clock.signal: _take_signal(clock.signal, files, state)
     return state
 
-def _take_signal(number, files, state, cfg):
+def _take_signal(number, files, state):
     "Report what was saved; then the signal acts as it would have without the checkpoint."
-    print(f"{signal.Signals(number).name}: stopped at step {state.step} of {cfg.steps}, saved in {files.file}; "
+    print(f"{signal.Signals(number).name}: stopped at step {state.step} of {files.cfg.steps}, saved in {files.file}; "
           "the same command resumes it", file=sys.stderr, flush=True)
     signal.raise_signal(number)

@@ -62,7 +62,8 @@ def group_norm(
     "At most 32 groups of at least 4 channels."
     groups = min(32, channels//4)
     if groups<1 or channels%groups:
-        raise ValueError(f"SongUNet: {channels} channels in {groups} equal groups; expected a model_channels that makes it even")
+        raise ValueError(f"SongUNet: {channels} channels in {groups} equal groups; "
+                         "expected a model_channels that makes it even")
     return nn.GroupNorm(groups, channels, eps=eps)
 
 # %% ../nbs/20_unet.ipynb #f463d898
@@ -156,7 +157,8 @@ def _decoder(cfg, block, widths, every=False):
         else: dec[f'{r}x{r}_in0'], dec[f'{r}x{r}_in1'] = block(width, width, True), block(width, width)
         for i in range(cfg.num_blocks+1):
             attends = r in cfg.attn_resolutions and (every or i==cfg.num_blocks)
-            dec[f'{r}x{r}_block{i}'] = block(width+widths.pop(), width:=cfg.model_channels*cfg.channel_mult[level], attends)
+            dec[f'{r}x{r}_block{i}'] = block(width+widths.pop(), width:=cfg.model_channels*cfg.channel_mult[level],
+                                             attends)
     return dec, width
 
 # %% ../nbs/20_unet.ipynb #af6c281f
@@ -197,7 +199,8 @@ class SongUNet(nn.Module):
         self.cfg, mc, emb, ncsn = cfg, cfg.model_channels, 4*cfg.model_channels, isinstance(cfg, NCSNConfig)
         if mc%2 or mc<4: raise ValueError(f"SongUNet: model_channels={mc}; expected an even number of 4 or more")
         width, taps = (2*mc, (1,3,3,1)) if ncsn else (mc, (1,1))
-        def block(ni, no, attention=False, resample=''): return Block(ni, no, emb, attention, resample, cfg.dropout, taps)
+        def block(ni, no, attention=False, resample=''): return Block(ni, no, emb, attention, resample, cfg.dropout,
+                                                                      taps)
         if ncsn: self.map_noise = FourierEmbedding(width)
         if cfg.label_dim: self.map_label = nn.Linear(cfg.label_dim, width)
         if cfg.augment_dim: self.map_augment = nn.Linear(cfg.augment_dim, width, bias=False)
@@ -279,9 +282,9 @@ class ADMBlock(nn.Module):
 class ADMConfig(UNetConfig):
     "Sizes of ADM; the defaults are the ImageNet teacher at 64 pixels, 295.9M parameters."
     model_channels:int=192
-    channel_mult:tuple=(1,2,3,4)
+    channel_mult:tuple[int,...]=(1,2,3,4)
     num_blocks:int=3
-    attn_resolutions:tuple=(32,16,8)
+    attn_resolutions:tuple[int,...]=(32,16,8)
     dropout:float=0.1
     augment_dim:int=0
     label_dim:int=1000
@@ -329,7 +332,8 @@ class DhariwalUNet(nn.Module):
         return self.out_conv(F.silu(self.out_norm(x)))
 
 # %% ../nbs/20_unet.ipynb #5fc88ec3
-NETWORKS = {'UNetConfig':(UNetConfig, SongUNet), 'NCSNConfig':(NCSNConfig, SongUNet), 'ADMConfig':(ADMConfig, DhariwalUNet)}
+NETWORKS = {'UNetConfig':(UNetConfig, SongUNet), 'NCSNConfig':(NCSNConfig, SongUNet),
+            'ADMConfig':(ADMConfig, DhariwalUNet)}
 
 def build_unet(
     cfg:UNetConfig, # The class of the configuration decides the network

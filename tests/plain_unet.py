@@ -78,9 +78,11 @@ def embedding(w, noise, labels, aug, adm):
     if 'map_noise.freqs' in w: angle = noise[:,None]*(2*math.pi*w['map_noise.freqs'])
     else: angle = noise[:,None]*torch.tensor([(1/10000)**(k/(width//2-(0 if adm else 1))) for k in range(width//2)])
     e = torch.cat([torch.cos(angle), torch.sin(angle)] if adm else [torch.sin(angle), torch.cos(angle)], 1)
-    if not adm and 'map_label.weight' in w: e = e + F.linear(labels*labels.shape[1]**.5, w['map_label.weight'], w['map_label.bias'])
+    if not adm and 'map_label.weight' in w: e = e + F.linear(labels*labels.shape[1]**.5, w['map_label.weight'],
+                                                             w['map_label.bias'])
     if aug is not None: e = e + F.linear(aug, w['map_augment.weight'])
-    e = F.linear(silu(F.linear(e, w['map_layer0.weight'], w['map_layer0.bias'])), w['map_layer1.weight'], w['map_layer1.bias'])
+    e = F.linear(silu(F.linear(e, w['map_layer0.weight'], w['map_layer0.bias'])), w['map_layer1.weight'],
+                 w['map_layer1.bias'])
     if adm and 'map_label.weight' in w: e = e + F.linear(labels, w['map_label.weight'])
     return silu(e)
 
@@ -124,7 +126,8 @@ def iddpm(w, x, s, labels, aug):
     table = w['u'].tolist()
     nearest = [min(range(1001), key=lambda j: abs(table[j]-v)) for v in s.flatten().tolist()]
     s = s.reshape(-1,1,1,1)
-    f = unet({k:v for k,v in w.items() if k != 'u'}, x/torch.sqrt(1+s**2), torch.tensor([999.-j for j in nearest]), labels, aug)
+    f = unet({k:v for k,v in w.items() if k != 'u'}, x/torch.sqrt(1+s**2), torch.tensor([999.-j for j in nearest]),
+             labels, aug)
     return x - s*f[:,:x.shape[1]]
 
 

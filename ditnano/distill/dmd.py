@@ -126,8 +126,7 @@ class DMDRecipe(GETRecipe):
         (z, x, y), zero = batch, torch.zeros(2*len(batch[0]), device=batch[0].device)
         new_z, labels = sample_latents(step, z.shape[1:], self.model.cfg.classes, z.device)
         drop = torch.cat([torch.zeros_like(y, dtype=torch.bool), self.label_drop_mask(step, z.device)])
-        both = model(torch.cat([new_z,z]), zero, torch.cat([labels,y]), label_drop_mask=drop)
-        new, paired = both.float().chunk(2)
+        new, paired = model(torch.cat([new_z,z]), zero, torch.cat([labels,y]), label_drop_mask=drop).float().chunk(2)
         self.student_samples = new.detach(), labels
         gradient = self.student_gradient(*self.student_samples, step)
         return surrogate_loss(new, gradient) + self.regression*self.loss_fn(paired, x)

@@ -38,21 +38,26 @@ class _Storage:
 class _EasyDict(dict): "A dictionary of another name."
 
 # %% ../../nbs/interop/00_checkpoint.ipynb #4e07bc85
-_KINDS = {type(None):'nothing', bool:'a truth value', int:'a number', float:'a number', str:'a string', memoryview:'bytes', tuple:'a tuple', list:'a list', set:'a set',
-          dict:'a dictionary', OrderedDict:'a dictionary', _EasyDict:'a dictionary', _Storage:'bare numbers', _Object:'an object'}
+_KINDS = {type(None):'nothing', bool:'a truth value', int:'a number', float:'a number', str:'a string',
+          memoryview:'bytes', tuple:'a tuple', list:'a list', set:'a set',
+          dict:'a dictionary', OrderedDict:'a dictionary', _EasyDict:'a dictionary', _Storage:'bare numbers',
+          _Object:'an object'}
 
 def _kind(v): return f"the name {_short(v.dotted)}" if isinstance(v, _Name) else _KINDS.get(type(v), 'a tensor')
 
 def _short(text): return ascii(text)[1:-1] if len(text)<=80 else ascii(text[:77])[1:-1]+'...'
 
 def _want(v, kind, what):
-    if not isinstance(v, kind): raise ValueError(f"{_short(what)} is {_kind(v)}; expected {_KINDS.get(kind, 'a tensor')}")
+    if not isinstance(v, kind):
+        raise ValueError(f"{_short(what)} is {_kind(v)}; expected {_KINDS.get(kind, 'a tensor')}")
     return v
 
 def _whole(values, what):
     "Numbers that can be a size, a stride or an offset."
     for v in values:
-        if type(v) is not int or not 0<=v<2**40: raise ValueError(f"{what} holds {_kind(v) if type(v) is not int else 'a number out of range'}; expected whole numbers of 0 or more")
+        if type(v) is not int or not 0<=v<2**40:
+            raise ValueError(f"{what} holds {_kind(v) if type(v) is not int else 'a number out of range'}; "
+                             "expected whole numbers of 0 or more")
     return tuple(values)
 
 # %% ../../nbs/interop/00_checkpoint.ipynb #3c36181b
@@ -81,36 +86,50 @@ class _View:
 def _tensor(_, storage, offset, size, stride, requires_grad, hooks):
     _want(storage, _Storage, 'what a tensor stands on')
     _want(size, tuple, 'a shape'), _want(stride, tuple, 'a stride')
-    if len(size)!=len(stride) or len(size)>8: raise ValueError(f"a tensor has {len(size)} sizes and {len(stride)} strides; expected as many, 8 at most")
+    if len(size)!=len(stride) or len(size)>8:
+        raise ValueError(f"a tensor has {len(size)} sizes and {len(stride)} strides; expected as many, 8 at most")
     return _View(storage, *_whole([offset], 'an offset'), _whole(size, 'a shape'), _whole(stride, 'a stride'))
 
 # %% ../../nbs/interop/00_checkpoint.ipynb #68a326c0
 def _persistent(_, meta):
-    if _want(meta, dict, 'a persistent object').get('type')!='class': raise ValueError("a persistent object of another type than class; expected a module")
-    return _Object(_want(meta.get('class_name'), str, 'class_name'), _want(meta.get('state'), dict, 'state'))   # module_src is dropped here
+    if _want(meta, dict, 'a persistent object').get('type')!='class':
+        raise ValueError("a persistent object of another type than class; expected a module")
+    return _Object(_want(meta.get('class_name'), str, 'class_name'),
+                   _want(meta.get('state'), dict, 'state'))   # module_src is dropped here
 
 def _parameter(_, tensor, requires_grad, hooks): return _want(tensor, _View, 'a parameter')
 
 def _dtype(_, code, align, copy):
-    if code!='f8': raise ValueError(f"a numpy number of type {_short(code) if isinstance(code, str) else _kind(code)}; expected f8")
+    if code!='f8':
+        raise ValueError(f"a numpy number of type {_short(code) if isinstance(code, str) else _kind(code)}; "
+                         "expected f8")
     return _Object('numpy.dtype')
 
 def _scalar(_, dtype, data):
-    order = dtype.state[1:2] if isinstance(dtype, _Object) and dtype.class_name=='numpy.dtype' and isinstance(dtype.state, tuple) else None
-    if order!=('<',) or not isinstance(data, memoryview) or len(data)!=8: raise ValueError("a numpy number is odd; expected eight bytes of type <f8")
+    known = isinstance(dtype, _Object) and dtype.class_name=='numpy.dtype' and isinstance(dtype.state, tuple)
+    order = dtype.state[1:2] if known else None
+    if order!=('<',) or not isinstance(data, memoryview) or len(data)!=8:
+        raise ValueError("a numpy number is odd; expected eight bytes of type <f8")
     return struct.unpack('<d', data)[0]
 
-def _nested(r, data): return _want(_legacy(_want(data, memoryview, 'a nested file'), set(_STORAGES), r.fuel), _Storage, 'a nested file')
+def _nested(r, data):
+    data = _want(data, memoryview, 'a nested file')
+    return _want(_legacy(data, set(_STORAGES), r.fuel), _Storage, 'a nested file')
 
 _MAKERS = { # word: (number of arguments, what we do instead)
-    'torch_utils.persistence._reconstruct_persistent_obj':(1, _persistent), 'torch.nn.modules.container.ModuleDict':(0, lambda _: _Object('ModuleDict')),
-    'collections.OrderedDict':(0, lambda _: OrderedDict()),                 'dnnlib.util.EasyDict':(0, lambda _: _EasyDict()),
-    'torch._utils._rebuild_parameter':(3, _parameter),                      'torch._utils._rebuild_tensor_v2':(6, _tensor),
+    'torch_utils.persistence._reconstruct_persistent_obj':(1, _persistent),
+    'torch.nn.modules.container.ModuleDict':(0, lambda _: _Object('ModuleDict')),
+    'collections.OrderedDict':(0, lambda _: OrderedDict()),
+    'dnnlib.util.EasyDict':(0, lambda _: _EasyDict()),
+    'torch._utils._rebuild_parameter':(3, _parameter),
+    'torch._utils._rebuild_tensor_v2':(6, _tensor),
     'torch.storage._load_from_bytes':(1, _nested),                          'numpy.dtype':(3, _dtype),
-    'numpy.core.multiarray.scalar':(2, _scalar),                            'numpy._core.multiarray.scalar':(2, _scalar),
+    'numpy.core.multiarray.scalar':(2, _scalar),
+    'numpy._core.multiarray.scalar':(2, _scalar),
 }
 _STORAGES = {'torch.FloatStorage':'<f4', 'torch.HalfStorage':'<f2', 'torch.DoubleStorage':'<f8'}
-_SAVED = {'collections.OrderedDict', 'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor_v2', *_STORAGES}   # what torch.save writes
+_SAVED = {'collections.OrderedDict', 'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor_v2',
+          *_STORAGES}   # what torch.save writes
 
 # %% ../../nbs/interop/00_checkpoint.ipynb #f4858293
 MAX_STEPS = 1_000_000
@@ -132,7 +151,8 @@ class _Machine:
     def push(self, v): self.stack.append(v)
 
     def top(self):
-        if len(self.stack)<=(self.marks[-1] if self.marks else 0): raise ValueError(f"damaged at byte {self.at}; expected something on the stack")
+        if len(self.stack)<=(self.marks[-1] if self.marks else 0):
+            raise ValueError(f"damaged at byte {self.at}; expected something on the stack")
         return self.stack[-1]
 
     def pop(self): self.top(); return self.stack.pop()
@@ -146,13 +166,17 @@ class _Machine:
     def run(self):
         "What the program leaves."
         while (code := bytes(self.take(1)))!=b'.':
-            if next(self.fuel, None) is None: raise ValueError(f"more than {MAX_STEPS:,} instructions; expected a network")
-            if code not in _STEPS: raise ValueError(f"has instruction {_instruction(code)} at byte {self.at-1}; expected {KEPT}")
+            if next(self.fuel, None) is None:
+                raise ValueError(f"more than {MAX_STEPS:,} instructions; expected a network")
+            if code not in _STEPS:
+                raise ValueError(f"has instruction {_instruction(code)} at byte {self.at-1}; expected {KEPT}")
             _STEPS[code](self)
         return self.pop()
 
 # %% ../../nbs/interop/00_checkpoint.ipynb #03919788
-def _instruction(code): return pickletools.code2op[code.decode('latin1')].name if code.decode('latin1') in pickletools.code2op else f'{code[0]:#04x}'
+def _instruction(code):
+    op = pickletools.code2op.get(code.decode('latin1'))
+    return op.name if op else f'{code[0]:#04x}'
 
 def _name(r, module, name):
     dotted = f"{_want(module, str, 'a module')}.{_want(name, str, 'a name')}"
@@ -169,12 +193,15 @@ def _call(r):
     args, f = r.pop(), r.pop()
     if not isinstance(f, _Name) or f.dotted not in _MAKERS: raise ValueError(f"calls {_kind(f)}; expected {KEPT}")
     count, make = _MAKERS[f.dotted]
-    if len(_want(args, tuple, 'what is given to a function'))!=count: raise ValueError(f"gives {len(args)} arguments to {f.dotted}; expected {count}")
+    if len(_want(args, tuple, 'what is given to a function'))!=count:
+        raise ValueError(f"gives {len(args)} arguments to {f.dotted}; expected {count}")
     r.push(make(r, *args))
 
 def _attributes(r):
     state, v = r.pop(), r.top()
-    if isinstance(v, _Object) and v.state is None: v.state = _want(state, tuple if v.class_name=='numpy.dtype' else dict, 'a state')
+    if isinstance(v, _Object) and v.state is None: v.state = _want(state,
+                                                                   tuple if v.class_name=='numpy.dtype' else dict,
+                                                                   'a state')
     elif isinstance(v, (OrderedDict, _EasyDict)): _want(state, dict, 'a state')   # torch.save's version notes
     else: raise ValueError(f"sets attributes of {_kind(v)}; expected {KEPT}")
 
@@ -217,15 +244,19 @@ def _remember(r, k): r.memo[k] = r.top()
 _STEPS = {
     b'\x80':_version, b'\x95':_frame, b'(':lambda r: r.marks.append(len(r.stack)),
     b'N':lambda r: r.push(None), b'\x88':lambda r: r.push(True), b'\x89':lambda r: r.push(False),
-    b'K':lambda r: r.push(r.number(1)), b'M':lambda r: r.push(r.number(2)), b'J':lambda r: r.push(r.number(4, signed=True)),
+    b'K':lambda r: r.push(r.number(1)), b'M':lambda r: r.push(r.number(2)),
+    b'J':lambda r: r.push(r.number(4, signed=True)),
     b'\x8a':_long, b'G':lambda r: r.push(struct.unpack('>d', r.take(8))[0]),
     b'\x8c':lambda r: r.push(r.text(r.number(1))), b'X':lambda r: r.push(r.text(r.number(4))),
     b'C':lambda r: r.push(r.take(r.number(1))), b'B':lambda r: r.push(r.take(r.number(4))),
     b'}':lambda r: r.push({}), b']':lambda r: r.push([]), b'\x8f':lambda r: r.push(set()), b')':lambda r: r.push(()),
-    b'\x85':lambda r: _tuple(r, 1), b'\x86':lambda r: _tuple(r, 2), b'\x87':lambda r: _tuple(r, 3), b't':lambda r: r.push(tuple(r.since_mark())),
+    b'\x85':lambda r: _tuple(r, 1), b'\x86':lambda r: _tuple(r, 2), b'\x87':lambda r: _tuple(r, 3),
+    b't':lambda r: r.push(tuple(r.since_mark())),
     b's':lambda r: _items(r, [r.pop(), r.pop()][::-1]), b'u':lambda r: _items(r, r.since_mark()),
-    b'a':lambda r: _append(r, [r.pop()]), b'e':lambda r: _append(r, r.since_mark()), b'\x90':lambda r: _add(r, r.since_mark()),
-    b'\x94':lambda r: _remember(r, len(r.memo)), b'q':lambda r: _remember(r, r.number(1)), b'r':lambda r: _remember(r, r.number(4)),
+    b'a':lambda r: _append(r, [r.pop()]), b'e':lambda r: _append(r, r.since_mark()),
+    b'\x90':lambda r: _add(r, r.since_mark()),
+    b'\x94':lambda r: _remember(r, len(r.memo)), b'q':lambda r: _remember(r, r.number(1)),
+    b'r':lambda r: _remember(r, r.number(4)),
     b'h':lambda r: _recall(r, r.number(1)), b'j':lambda r: _recall(r, r.number(4)),
     b'c':lambda r: _name(r, _line(r), _line(r)), b'\x93':lambda r: _name(r, *[r.pop(), r.pop()][::-1]),
     b'R':_call, b'\x81':_call, b'b':_attributes, b'Q':_refer,
@@ -238,16 +269,20 @@ def _references(storages):
     "What a reference to a storage becomes; `storages` collects them by key."
     def refer(said):
         said = said+(None,) if isinstance(said, tuple) and len(said)==5 else said
-        if not isinstance(said, tuple) or len(said)!=6 or said[0]!='storage' or said[5] is not None or getattr(said[1], 'dotted', None) not in _STORAGES:
+        form = isinstance(said, tuple) and len(said)==6 and said[0]=='storage' and said[5] is None
+        if not form or getattr(said[1], 'dotted', None) not in _STORAGES:
             raise ValueError("refers to something else than numbers; expected a storage of floats")
         key, numel, dtype = _want(said[2], str, 'a key'), *_whole([said[4]], 'a storage'), _STORAGES[said[1].dotted]
         s = storages.setdefault(key, _Storage(dtype, numel))
-        if (s.dtype, s.numel)!=(dtype, numel): raise ValueError("one storage is of two sizes or types; expected one of each")
+        if (s.dtype, s.numel)!=(dtype, numel):
+            raise ValueError("one storage is of two sizes or types; expected one of each")
         return s
     return refer
 
 def _fill(s, data):
-    if len(data)!=s.numel*np.dtype(s.dtype).itemsize: raise ValueError(f"a storage of {s.numel} numbers has {len(data)} bytes; expected {s.numel*np.dtype(s.dtype).itemsize}")
+    if len(data)!=s.numel*np.dtype(s.dtype).itemsize:
+        raise ValueError(f"a storage of {s.numel} numbers has {len(data)} bytes; "
+                         f"expected {s.numel*np.dtype(s.dtype).itemsize}")
     s.data = data
 
 # %% ../../nbs/interop/00_checkpoint.ipynb #deac41b9
@@ -259,17 +294,22 @@ def _legacy(data, names, fuel=None):
         r = _Machine(data[at:], names, refer, fuel)
         out, at = r.run(), at+r.at
         return out
-    if part()!=_MAGIC or part()!=1001: raise ValueError("not in torch.save's old format; expected its magic number and 1001")
-    if _want(part(), dict, 'the facts about the machine').get('little_endian', True) is not True: raise ValueError("written on a big-endian machine; expected a little-endian one")
+    if part()!=_MAGIC or part()!=1001:
+        raise ValueError("not in torch.save's old format; expected its magic number and 1001")
+    if _want(part(), dict, 'the facts about the machine').get('little_endian', True) is not True:
+        raise ValueError("written on a big-endian machine; expected a little-endian one")
     found, keys = part(names, _references(storages)), _want(part(), list, 'the list of keys')
     for k in keys:
         s = storages.get(_want(k, str, 'a key'))
-        if s is None or s.data is not None: raise ValueError("lists a storage that is not there, or twice; expected each once")
+        if s is None or s.data is not None:
+            raise ValueError("lists a storage that is not there, or twice; expected each once")
         n = 8 + s.numel*np.dtype(s.dtype).itemsize
-        if data[at:at+8]!=struct.pack('<q', s.numel) or n>len(data)-at: raise ValueError(f"damaged or cut short; expected {s.numel} numbers")
+        if data[at:at+8]!=struct.pack('<q', s.numel) or n>len(data)-at:
+            raise ValueError(f"damaged or cut short; expected {s.numel} numbers")
         _fill(s, data[at+8:at+n])
         at += n
-    if at!=len(data) or any(s.data is None for s in storages.values()): raise ValueError("numbers are missing or left over; expected those that are named")
+    if at!=len(data) or any(s.data is None for s in storages.values()):
+        raise ValueError("numbers are missing or left over; expected those that are named")
     return found
 
 # %% ../../nbs/interop/00_checkpoint.ipynb #05342b9a
@@ -278,9 +318,11 @@ def _unzip(data):
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as z:
             entries = z.infolist()
-            if sum(i.file_size for i in entries)<=len(data) and not any(i.compress_type!=zipfile.ZIP_STORED or i.flag_bits&1 for i in entries):
+            if sum(i.file_size for i in entries)<=len(data) and not any(i.compress_type!=zipfile.ZIP_STORED
+                                                                        or i.flag_bits&1 for i in entries):
                 return {i.filename.partition('/')[2]:z.read(i) for i in entries}
-    except (zipfile.BadZipFile, EOFError, KeyError, IndexError, ValueError, RuntimeError, struct.error, OSError, OverflowError) as e:
+    except (zipfile.BadZipFile, EOFError, KeyError, IndexError, ValueError, RuntimeError, struct.error, OSError,
+            OverflowError) as e:
         raise ValueError(f"damaged or cut short ({type(e).__name__}); expected a whole archive") from None
     raise ValueError("an archive with compressed or oversized members; expected them stored as they are")
 
@@ -288,7 +330,8 @@ def _archive(data):
     "The object in a file of torch.save's zip format."
     members, storages = _unzip(data), {}
     if 'data.pkl' not in members: raise ValueError("an archive without data.pkl; expected one by torch.save")
-    if members.get('byteorder', b'little')!=b'little': raise ValueError("written on a big-endian machine; expected a little-endian one")
+    if members.get('byteorder', b'little')!=b'little':
+        raise ValueError("written on a big-endian machine; expected a little-endian one")
     found = _Machine(memoryview(members['data.pkl']), _SAVED, _references(storages)).run()
     for k,s in storages.items():
         if f'data/{k}' not in members: raise ValueError(f"an archive without data/{_short(k)}; expected it")
@@ -302,10 +345,12 @@ def _walk(module, path, seen):
     "Names and tensors, in the order of a state dict."
     what = path[:-1] or 'the network'
     state = _want(_want(module, _Object, what).state, dict, what)
-    if id(module) in seen or path.count('.')>MAX_DEPTH: raise ValueError(f"{_short(what)} appears twice or too deep; expected a tree of modules")
+    if id(module) in seen or path.count('.')>MAX_DEPTH:
+        raise ValueError(f"{_short(what)} appears twice or too deep; expected a tree of modules")
     seen.add(id(module))
     parts = {k:_want(state.get(k), dict, f'{k} of {what}') for k in ('_parameters','_buffers','_modules')}
-    if any(len(k)>200 for p in parts.values() for k in p): raise ValueError(f"{_short(what)} has a name of over 200 characters; expected shorter ones")
+    if any(len(k)>200 for p in parts.values() for k in p):
+        raise ValueError(f"{_short(what)} has a name of over 200 characters; expected shorter ones")
     for k,v in [*parts['_parameters'].items(), *parts['_buffers'].items()]:
         if v is not None: yield path+k, v
     for k,v in parts['_modules'].items():
@@ -317,7 +362,8 @@ def _read_all(pairs, size):
     for k,v in pairs:
         if k in out: raise ValueError(f"{_short(k)} appears twice; expected each tensor once")
         size -= _want(v, _View, k).nbytes
-        if size<0: raise ValueError(f"{_short(k)} and those before it are larger than the file; expected each number once")
+        if size<0:
+            raise ValueError(f"{_short(k)} and those before it are larger than the file; expected each number once")
         out[k] = v.read(k)
         if not out[k].isfinite().all(): raise ValueError(f"{_short(k)} is not finite; expected numbers")
     if not out: raise ValueError("holds no tensors; expected the weights of a network")
@@ -326,7 +372,8 @@ def _read_all(pairs, size):
 # %% ../../nbs/interop/00_checkpoint.ipynb #bedd4eed
 def _plain(v, left, depth=0):
     "A copy of numbers, strings and containers; `left` counts down."
-    if next(left, None) is None or depth>6: raise ValueError("constructor values are too many or nested too deep; expected those of a network")
+    if next(left, None) is None or depth>6:
+        raise ValueError("constructor values are too many or nested too deep; expected those of a network")
     if v is None or type(v) in (bool,int,float): return v
     if isinstance(v, str) and len(v)<=1000: return v
     if isinstance(v, (list,tuple)): return [_plain(x, left, depth+1) for x in v]
@@ -336,14 +383,17 @@ def _plain(v, left, depth=0):
 def _about(module):
     "Class and constructor values of a module."
     left = iter(range(1000))
-    return {'class_name':_plain(module.class_name, left), 'init_args':_plain(_want(module.state.get('_init_args', ()), tuple, '_init_args'), left),
+    return {'class_name':_plain(module.class_name, left),
+            'init_args':_plain(_want(module.state.get('_init_args', ()), tuple, '_init_args'), left),
             'init_kwargs':_plain(_want(module.state.get('_init_kwargs'), dict, '_init_kwargs'), left)}
 
 def _content(found, size):
     "State dict and information, from what the file holds."
     if isinstance(found, dict) and 'ema' in found: found = found['ema']
-    elif not isinstance(found, dict) or not all(isinstance(v, _View) for v in found.values()): raise ValueError("has no entry 'ema'; expected a network under that name, or a plain state dict")
-    if isinstance(found, dict): return _read_all(found.items(), size), {'class_name':None, 'init_args':[], 'init_kwargs':{}}
+    elif not isinstance(found, dict) or not all(isinstance(v, _View) for v in found.values()):
+        raise ValueError("has no entry 'ema'; expected a network under that name, or a plain state dict")
+    if isinstance(found, dict):
+        return _read_all(found.items(), size), {'class_name':None, 'init_args':[], 'init_kwargs':{}}
     weights, info = _read_all(_walk(found, '', set()), size), _about(found)
     inside = found.state['_modules'].get('model')
     return weights, info | ({'model':_about(inside)} if isinstance(inside, _Object) else {})
@@ -352,16 +402,20 @@ def _content(found, size):
 MAX_BYTES = 2**31
 
 def read_checkpoint(
-    path, # A released .pkl, or a state dict by `torch.save`
-)->tuple: # State dict (name -> tensor), and info: format, sha256, class_name, init_args, init_kwargs, and the same of the network inside under 'model'
+    path:str|Path, # A released .pkl, or a state dict by `torch.save`
+)->tuple[dict,dict]: # State dict, and info: format, sha256, class_name, init_args, init_kwargs, `model` (inside)
     "Weights and constructor values from a stranger's file, of which nothing is executed."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path.name}: no such file; expected a checkpoint, .pkl or .pt")
-    if path.stat().st_size>MAX_BYTES: raise ValueError(f"{path.name}: {path.stat().st_size:,} bytes; expected {MAX_BYTES:,} at most")
+    if path.stat().st_size>MAX_BYTES:
+        raise ValueError(f"{path.name}: {path.stat().st_size:,} bytes; expected {MAX_BYTES:,} at most")
     data = path.read_bytes()
-    kind = 'torch.save' if data[:2]==b'PK' else 'torch.save, old' if data[2:14]==b'\x8a\x0a'+_MAGIC.to_bytes(10,'little') else 'pickle'
+    old = data[2:14]==b'\x8a\x0a'+_MAGIC.to_bytes(10,'little')
+    kind = 'torch.save' if data[:2]==b'PK' else 'torch.save, old' if old else 'pickle'
     try:
-        found = _archive(data) if kind=='torch.save' else _legacy(memoryview(data), _SAVED) if kind!='pickle' else _Machine(memoryview(data), set(_MAKERS)).run()
+        if kind=='torch.save': found = _archive(data)
+        elif old: found = _legacy(memoryview(data), _SAVED)
+        else: found = _Machine(memoryview(data), set(_MAKERS)).run()
         weights, info = _content(found, len(data))
     except UnicodeDecodeError: raise ValueError(f"{path.name}: damaged; expected text in UTF-8") from None
     except ValueError as e: raise ValueError(f"{path.name}: {e}") from None

@@ -27,7 +27,8 @@ def _betas(c):
     if c.get('trained_betas') is not None: return torch.tensor(c['trained_betas'], dtype=torch.float32)
     if kind=='linear': return torch.linspace(a, b, n, dtype=torch.float32)
     if kind=='scaled_linear': return torch.linspace(a**0.5, b**0.5, n, dtype=torch.float32)**2
-    if kind!='squaredcos_cap_v2': raise ValueError(f"beta_schedule {kind!r}; expected linear, scaled_linear or squaredcos_cap_v2")
+    if kind!='squaredcos_cap_v2':
+        raise ValueError(f"beta_schedule {kind!r}; expected linear, scaled_linear or squaredcos_cap_v2")
     share = torch.cos((torch.arange(n+1, dtype=torch.float64)/n + 0.008)/1.008*math.pi/2)**2
     return (1 - share[1:]/share[:-1]).clip(max=0.999).float()
 
@@ -35,7 +36,8 @@ def schedule_sigmas(
     config:dict, # Of a scheduler with betas
 )->torch.Tensor: # (steps,) float64, ascending
     "The noise level of each step."
-    if config.get('rescale_betas_zero_snr'): raise ValueError("rescale_betas_zero_snr=True; expected a schedule with a largest noise level")
+    if config.get('rescale_betas_zero_snr'):
+        raise ValueError("rescale_betas_zero_snr=True; expected a schedule with a largest noise level")
     share = torch.cumprod(1-_betas(config), 0)   # of the image in the variance
     return ((1-share)/share).sqrt().double()
 
@@ -49,9 +51,11 @@ class DiffusersDenoiser(nn.Module):
         super().__init__()
         self.model, self.kind, self.cfg = model, _scheduler_kind(scheduler), _sizes(model.config)
         self.prediction, self.sigma_data = scheduler.get('prediction_type', 'epsilon'), scheduler.get('sigma_data', 0.5)
-        if self.prediction not in _PREDICTIONS: raise ValueError(f"prediction_type {self.prediction!r}; expected one of {', '.join(_PREDICTIONS)}")
+        if self.prediction not in _PREDICTIONS:
+            raise ValueError(f"prediction_type {self.prediction!r}; expected one of {', '.join(_PREDICTIONS)}")
         if self.kind=='edm':
-            if self.prediction=='sample': raise ValueError("prediction_type 'sample' with an EDM scheduler; expected epsilon or v_prediction")
+            if self.prediction=='sample':
+                raise ValueError("prediction_type 'sample' with an EDM scheduler; expected epsilon or v_prediction")
             self.sigma_min, self.sigma_max = scheduler.get('sigma_min', 0.002), scheduler.get('sigma_max', 80.0)
             return
         sigmas = schedule_sigmas(scheduler)
@@ -69,7 +73,8 @@ class DiffusersDenoiser(nn.Module):
         "c_skip, c_out, c_in."
         d = self.sigma_data if self.kind=='edm' else 1.0
         total = sigma**2 + d**2
-        if self.kind=='edm': return d**2/total, (1 if self.prediction=='epsilon' else -1)*sigma*d/total.sqrt(), 1/total.sqrt()
+        if self.kind=='edm':
+            return d**2/total, (1 if self.prediction=='epsilon' else -1)*sigma*d/total.sqrt(), 1/total.sqrt()
         if self.prediction=='epsilon': return torch.ones_like(sigma), -sigma, 1/total.sqrt()
         if self.prediction=='v_prediction': return 1/total, -sigma/total.sqrt(), 1/total.sqrt()
         return torch.zeros_like(sigma), torch.ones_like(sigma), 1/total.sqrt()
@@ -81,7 +86,8 @@ class DiffusersDenoiser(nn.Module):
     )->torch.Tensor:    # Denoised images (N, C, R, R), float32
         "The denoised image: c_skip x + c_out F(c_in x; timestep)."
         labels = _class_indices(labels, self.cfg.label_dim, len(x))
-        sigma = torch.as_tensor(sigma, device=x.device, dtype=torch.float32 if x.device.type=='mps' else torch.float64).reshape(-1).expand(len(x))
+        dtype = torch.float32 if x.device.type=='mps' else torch.float64
+        sigma = torch.as_tensor(sigma, device=x.device, dtype=dtype).reshape(-1).expand(len(x))
         c_skip, c_out, c_in = (c.float()[:,None,None,None] for c in self.scalings(sigma))
         x = x.float()
         out = self.model(c_in*x, self.timestep(sigma).float(), class_labels=labels).sample
@@ -98,7 +104,8 @@ def _sizes(c):
     size = c.sample_size
     if isinstance(size, (list,tuple)): size = size[0] if len(set(size))==1 else None
     if size is None: raise ValueError(f"sample_size {c.sample_size}; expected one number, the side of the images")
-    if c.class_embed_type is not None: raise ValueError(f"class_embed_type {c.class_embed_type!r}; expected none, or num_class_embeds")
+    if c.class_embed_type is not None:
+        raise ValueError(f"class_embed_type {c.class_embed_type!r}; expected none, or num_class_embeds")
     return SimpleNamespace(image_size=size, channels=c.in_channels, label_dim=c.num_class_embeds or 0)
 
 def _class_indices(labels, classes, n):
@@ -115,7 +122,8 @@ def _find_parts(folder):
     "The folder of the network, and the file of the scheduler."
     unet = folder/'unet' if (folder/'unet').is_dir() else folder
     for name in _MODEL_FILES:
-        if not (unet/name).is_file(): raise FileNotFoundError(f"{unet}: no {name}; expected a UNet2DModel by save_pretrained, as safetensors")
+        if not (unet/name).is_file():
+            raise FileNotFoundError(f"{unet}: no {name}; expected a UNet2DModel by save_pretrained, as safetensors")
     name = 'scheduler_config.json'
     found = next((f for f in (folder/'scheduler'/name, unet/name, unet.parent/'scheduler'/name) if f.is_file()), None)
     if found is None: raise FileNotFoundError(f"{folder}: no {name}; expected the scheduler beside the network")
@@ -123,7 +131,8 @@ def _find_parts(folder):
 
 def _fetch(name):
     try: from huggingface_hub import snapshot_download
-    except ImportError: raise ValueError(f"{name}: huggingface-hub is not installed: pip install 'ditnano[hub]'") from None
+    except ImportError:
+        raise ValueError(f"{name}: huggingface-hub is not installed: pip install 'ditnano[hub]'") from None
     return Path(snapshot_download(name.removeprefix('hf:'), allow_patterns=['*.json','*.safetensors']))
 
 def load_diffusers(
@@ -131,16 +140,21 @@ def load_diffusers(
 )->DiffusersDenoiser: # In eval mode, frozen, float32; with `.name`, `.hash` and `.card`
     "A teacher from diffusers."
     try: UNet2DModel = import_guarded('diffusers').UNet2DModel
-    except ImportError: raise ValueError(f"{name}: diffusers is not installed: pip install 'ditnano[diffusers]'") from None
+    except ImportError:
+        raise ValueError(f"{name}: diffusers is not installed: pip install 'ditnano[diffusers]'") from None
     folder = _fetch(str(name)) if str(name).startswith('hf:') else Path(name).expanduser()
     unet, found = _find_parts(folder)
     config, scheduler = read_json(unet/'config.json'), read_json(found)
-    if config.get('_class_name')!='UNet2DModel': raise ValueError(f"{unet}: a {config.get('_class_name')}; expected a UNet2DModel")
+    if config.get('_class_name')!='UNet2DModel':
+        raise ValueError(f"{unet}: a {config.get('_class_name')}; expected a UNet2DModel")
     try:
         _scheduler_kind(scheduler)
-        net = DiffusersDenoiser(UNet2DModel.from_pretrained(unet, use_safetensors=True, low_cpu_mem_usage=False), scheduler)
+        net = DiffusersDenoiser(UNet2DModel.from_pretrained(unet, use_safetensors=True, low_cpu_mem_usage=False),
+                                scheduler)
     except Exception as e: raise ValueError(f"{folder.name}: {str(e).splitlines()[0]}") from None
     net.name = Path(str(name).removeprefix('hf:')).resolve().name
-    net.hash = hashlib.sha256(''.join(verified_hash(f) for f in (*(unet/n for n in _MODEL_FILES), found)).encode()).hexdigest()
-    net.card = {'source':'diffusers', 'network':'UNet2DModel', 'scheduler':scheduler['_class_name'], 'prediction_type':net.prediction}
+    net.hash = hashlib.sha256(''.join(verified_hash(f) for f in (*(unet/n for n in _MODEL_FILES),
+                                                                 found)).encode()).hexdigest()
+    net.card = {'source':'diffusers', 'network':'UNet2DModel', 'scheduler':scheduler['_class_name'],
+                'prediction_type':net.prediction}
     return net.float().eval().requires_grad_(False)

@@ -25,22 +25,28 @@ def _unpickle(path):
     except Exception as e:
         named = re.search(r'GLOBAL:? ([\w.]+)', str(e))
         why = f"names {named[1]}" if named else "damaged, cut short, or of another kind"
-        raise ValueError(f"{_short_path(path)}: {why}; expected tensors written by torch.save and nothing else") from None
+        raise ValueError(f"{_short_path(path)}: {why}; "
+                         "expected tensors written by torch.save and nothing else") from None
 
 def _short_path(path): return f'{path.parent.name}/{path.name}'
 
 # %% ../../nbs/interop/02_get_pairs.ipynb #a69102ee
 def _check_tensor(where, t, dims, dtypes):
     if not isinstance(t, torch.Tensor): raise ValueError(f"{where} is a {type(t).__name__}; expected a tensor")
-    if t.ndim!=dims or t.dtype not in dtypes: raise ValueError(f"{where} is {tuple(t.shape)} {t.dtype}; expected {dims} dimensions of {' or '.join(map(str,dtypes))}")
+    if t.ndim!=dims or t.dtype not in dtypes:
+        raise ValueError(f"{where} is {tuple(t.shape)} {t.dtype}; "
+                         f"expected {dims} dimensions of {' or '.join(map(str,dtypes))}")
     real = t.layout==torch.strided and t.device.type=='cpu' and t.numel()*t.element_size()<=t.untyped_storage().nbytes()
-    if not real or not t.numel(): raise ValueError(f"{where} says {tuple(t.shape)} and does not hold as much; expected one number for each place")
+    if not real or not t.numel():
+        raise ValueError(f"{where} says {tuple(t.shape)} and does not hold as much; expected one number for each place")
 
 def _read_chunk(folder, name):
     "Noise (n,C,R,R), images (n,C,R,R), one-hot labels (n,K) or None, of one published chunk."
     latent, image = folder/'latent'/name, folder/'image'/name
     z, x = _unpickle(latent), _unpickle(image)
-    if isinstance(x, (list,tuple)) and isinstance(z, torch.Tensor): raise ValueError(f"{_short_path(image)} holds labels and {_short_path(latent)} none; the two folders seem to be exchanged")
+    if isinstance(x, (list,tuple)) and isinstance(z, torch.Tensor):
+        raise ValueError(f"{_short_path(image)} holds labels and {_short_path(latent)} none; the two folders seem to "
+                         "be exchanged")
     if not isinstance(z, (list,tuple)): z = [z, None]
     if len(z)!=2: raise ValueError(f"{_short_path(latent)} holds {len(z)} things; expected noise and labels")
     z, y = z
@@ -48,7 +54,8 @@ def _read_chunk(folder, name):
     _check_tensor(f'{_short_path(image)}: images', x, 4, [torch.float32, torch.float64])
     if y is not None: _check_tensor(f'{_short_path(latent)}: labels', y, 2, [torch.float32])
     if x.shape!=z.shape or (y is not None and len(y)!=len(z)):
-        raise ValueError(f"{name}: noise {tuple(z.shape)}, images {tuple(x.shape)}{'' if y is None else f', labels {tuple(y.shape)}'}; expected one of each for every pair")
+        labels = '' if y is None else f', labels {tuple(y.shape)}'
+        raise ValueError(f"{name}: noise {tuple(z.shape)}, images {tuple(x.shape)}{labels}; expected one each a pair")
     return z, x, y
 
 # %% ../../nbs/interop/02_get_pairs.ipynb #01f60774
@@ -58,24 +65,33 @@ def _check_numbers(where, z, x):
         bad = (~t.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         if bad: raise ValueError(f"{where}: {what} is not finite in row {bad[0]} of those looked at; expected numbers")
     mean, sd, tolerance = z.mean().item(), z.std().item(), 0.02+5/z.numel()**0.5
-    if abs(mean)>tolerance or abs(sd-1)>tolerance: raise ValueError(f"{where}: noise has mean {mean:.2f} and deviation {sd:.2f}; expected 0 and 1 (are latent and image exchanged?)")
+    if abs(mean)>tolerance or abs(sd-1)>tolerance:
+        raise ValueError(f"{where}: noise has mean {mean:.2f} and deviation {sd:.2f}; "
+                         "expected 0 and 1 (are latent and image exchanged?)")
     beyond = (x.abs()>1.5).sum().item()/x.numel()
-    if beyond>0.05: raise ValueError(f"{where}: {beyond:.0%} of the images' values lie beyond 1.5; expected about [-1, 1]")
+    if beyond>0.05:
+        raise ValueError(f"{where}: {beyond:.0%} of the images' values lie beyond 1.5; expected about [-1, 1]")
 
 def _check_onehot(where, y):
     bad = (~((y==0)|(y==1)).all(1) | (y.sum(1)!=1)).nonzero().flatten().tolist()
-    if bad: raise ValueError(f"{where}: label row {bad[0]} is {y[bad[0]].tolist()[:12]}; expected a single 1 among zeros")
+    if bad:
+        raise ValueError(f"{where}: label row {bad[0]} is {y[bad[0]].tolist()[:12]}; expected a single 1 among zeros")
 
 # %% ../../nbs/interop/02_get_pairs.ipynb #9a1a5268
 def _chunk_names(folder):
     sides = {}
     for side in ('latent','image'):
-        if not (folder/side).is_dir(): raise FileNotFoundError(f"{folder}: no folder {side!r}; expected GET's latent/*.pkl and image/*.pkl")
+        if not (folder/side).is_dir():
+            raise FileNotFoundError(f"{folder}: no folder {side!r}; expected GET's latent/*.pkl and image/*.pkl")
         sides[side] = {p.name for p in (folder/side).glob('*.pkl') if not p.name.startswith('.')}
     latent, image = sides.values()
-    for name in sorted(latent^image): raise ValueError(f"{name} is in {'latent' if name in latent else 'image'} alone; expected the same names on both sides")
+    for name in sorted(latent^image):
+        raise ValueError(f"{name} is in {'latent' if name in latent else 'image'} alone; "
+                         "expected the same names on both sides")
     odd = [n for n in sorted(latent) if not re.fullmatch('[0-9]+', n[:-4])]
-    if odd or not latent: raise ValueError(f"{folder}: {odd[0] if odd else 'no .pkl files'}; expected files named by a number, as 000012499.pkl")
+    if odd or not latent:
+        raise ValueError(f"{folder}: {odd[0] if odd else 'no .pkl files'}; "
+                         "expected files named by a number, as 000012499.pkl")
     return sorted(latent, key=lambda n:int(n[:-4]))
 
 def _scan_chunks(folder, few=64):
@@ -86,7 +102,9 @@ def _scan_chunks(folder, few=64):
         if y is not None: _check_onehot(f'latent/{name}', y)
         _check_numbers(name, z[:few], x[:few])
         kinds.setdefault((tuple(z.shape[1:]), 0 if y is None else y.shape[1], x.dtype), name)
-        if len(kinds)>1: raise ValueError(f"{name} differs from {chunks[0][0]}: {', and '.join(f'{s}, {k} classes, {d}' for s,k,d in kinds)}; expected files of one kind")
+        if len(kinds)>1:
+            both = ', and '.join(f'{s}, {k} classes, {d}' for s,k,d in kinds)
+            raise ValueError(f"{name} differs from {chunks[0][0]}: {both}; expected files of one kind")
         chunks.append((name, len(z)))
     shape, classes, _ = next(iter(kinds))
     if shape[1]!=shape[2]: raise ValueError(f"{chunks[0][0]}: images of {shape}; expected squares")
@@ -99,7 +117,8 @@ def _content_of(folder, chunks, log):
     for i,(name,n) in enumerate(chunks, 1):
         for path in (folder/'latent'/name, folder/'image'/name):
             with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as z:
-                if z and (bad := z.testzip()): raise ValueError(f"{_short_path(path)}: {bad} fails its checksum; expected an undamaged file")
+                if z and (bad := z.testzip()):
+                    raise ValueError(f"{_short_path(path)}: {bad} fails its checksum; expected an undamaged file")
             h.update(f"{_short_path(path)} {file_hash(path)}\n".encode())
         if log: log(f"looked through {i} of {len(chunks)}: {name}, {n} pairs")
     return h.hexdigest()
@@ -131,14 +150,16 @@ class GETPairs:
     def _rows(self, k, a, b):
         z, x, y = (t if t is None else t[a:b] for t in self._open(k))
         _check_numbers(f'{self.chunks[k][0]}, rows {a}-{b-1}', z, x)
-        return z.clone(), x.to(torch.float32, copy=True), torch.zeros(b-a, dtype=torch.int64) if y is None else y.argmax(1)
+        return z.clone(), x.to(torch.float32, copy=True), torch.zeros(b-a,
+                                                                      dtype=torch.int64) if y is None else y.argmax(1)
 
     def parts(self,
         lo:int, # First position
         hi:int, # One past the last position
     )->list: # (noise (n,C,R,R), images (n,C,R,R), labels (n,)), one for each chunk that is touched
         "The pairs of these positions; images float32, label 0 where there are none."
-        cuts = [(k, max(lo,a)-a, min(hi,b)-a) for k,(a,b) in enumerate(zip(self._starts, self._starts[1:])) if a<hi and b>lo]
+        cuts = [(k, max(lo,a)-a, min(hi,b)-a) for k,
+                (a,b) in enumerate(zip(self._starts, self._starts[1:])) if a<hi and b>lo]
         return [self._rows(*c) for c in cuts]
 
 # %% ../../nbs/interop/02_get_pairs.ipynb #aa3a3597

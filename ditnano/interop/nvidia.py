@@ -10,37 +10,48 @@ import json, math, re
 from pathlib import Path
 
 from ..config import UNetConfig
-from ..edm import Precond, PRECONDS, VPPrecond, build_denoiser, check_weights, iDDPMPrecond, load_teacher, save_teacher
+from ..edm import (PRECONDS, Precond, VPPrecond, build_denoiser, check_weights, iDDPMPrecond, load_teacher,
+                         save_teacher)
 from .checkpoint import read_checkpoint
 from ..repro import cache_dir, data_dir, file_hash
 from ..unet import ADMConfig, NCSNConfig, resample_filter
 
 # %% ../../nbs/interop/01_nvidia.ipynb #1d83d6d1
-_SONG = dict(model_channels=128, channel_mult=[1,2,2,2], num_blocks=4, attn_resolutions=[16], dropout=0.10, augment_dim=0, label_dim=0,
+_SONG = dict(model_channels=128, channel_mult=[1,2,2,2], num_blocks=4, attn_resolutions=[16], dropout=0.10,
+             augment_dim=0, label_dim=0,
              channel_mult_emb=4, embedding_type='positional', encoder_type='standard', decoder_type='standard',
              resample_filter=[1,1], channel_mult_noise=1)   # defaults of the released code's classes
-_ADM = dict(model_channels=192, channel_mult=[1,2,3,4], num_blocks=3, attn_resolutions=[32,16,8], dropout=0.10, augment_dim=0, label_dim=0,
+_ADM = dict(model_channels=192, channel_mult=[1,2,3,4], num_blocks=3, attn_resolutions=[32,16,8], dropout=0.10,
+            augment_dim=0, label_dim=0,
             channel_mult_emb=4)
-_DDPM_FORM = {k:_SONG[k] for k in ('embedding_type','encoder_type','decoder_type','resample_filter','channel_mult_noise')}
-_NCSN_FORM = dict(embedding_type='fourier', encoder_type='residual', decoder_type='standard', resample_filter=[1,3,3,1], channel_mult_noise=2)
+_DDPM_FORM = {k:_SONG[k] for k in ('embedding_type','encoder_type','decoder_type','resample_filter',
+                                   'channel_mult_noise')}
+_NCSN_FORM = dict(embedding_type='fourier', encoder_type='residual', decoder_type='standard',
+                  resample_filter=[1,3,3,1], channel_mult_noise=2)
 _OUTSIDE = {'EDMPrecond':dict(sigma_min=0, sigma_max=math.inf), 'VEPrecond':dict(sigma_min=0.02, sigma_max=100),
-            'VPPrecond':dict(beta_d=VPPrecond.beta_d, beta_min=VPPrecond.beta_min, M=VPPrecond.levels, epsilon_t=VPPrecond.eps_t),
+            'VPPrecond':dict(beta_d=VPPrecond.beta_d, beta_min=VPPrecond.beta_min, M=VPPrecond.levels,
+                             epsilon_t=VPPrecond.eps_t),
             'iDDPMPrecond':dict(C_1=iDDPMPrecond.C_1, C_2=iDDPMPrecond.C_2, M=iDDPMPrecond.levels)}
-_FREE = {'img_resolution','img_channels','in_channels','out_channels','label_dropout','use_fp16','sigma_data','model_type'}
-_NETWORK = {'EDMPrecond':'DhariwalUNet', 'iDDPMPrecond':'DhariwalUNet', 'VPPrecond':'SongUNet', 'VEPrecond':'SongUNet'}   # by default
+_FREE = {'img_resolution','img_channels','in_channels','out_channels','label_dropout','use_fp16','sigma_data',
+         'model_type'}
+_NETWORK = {'EDMPrecond':'DhariwalUNet', 'iDDPMPrecond':'DhariwalUNet', 'VPPrecond':'SongUNet',
+            'VEPrecond':'SongUNet'}   # by default
 
 def _brief(v): return ascii(v) if len(ascii(v))<=40 else ascii(v)[:37]+'...'
 
 def _whole(k, x, lo, hi):
-    if type(x) is not int or not lo<=x<=hi: raise ValueError(f"constructed with {k}={_brief(x)}; expected a whole number from {lo} to {hi}")
+    if type(x) is not int or not lo<=x<=hi:
+        raise ValueError(f"constructed with {k}={_brief(x)}; expected a whole number from {lo} to {hi}")
     return x
 
 def _several(k, x, hi):
-    if not isinstance(x, (list,tuple)) or len(x)>8: raise ValueError(f"constructed with {k}={_brief(x)}; expected a list of 8 at most")
+    if not isinstance(x, (list,tuple)) or len(x)>8:
+        raise ValueError(f"constructed with {k}={_brief(x)}; expected a list of 8 at most")
     return tuple(_whole(k, v, 1, hi) for v in x)
 
 def _real(k, x):
-    if type(x) not in (int,float) or not 0<=x<=10: raise ValueError(f"constructed with {k}={_brief(x)}; expected a number from 0 to 10")
+    if type(x) not in (int,float) or not 0<=x<=10:
+        raise ValueError(f"constructed with {k}={_brief(x)}; expected a number from 0 to 10")
     return x
 
 # %% ../../nbs/interop/01_nvidia.ipynb #6bc71506
@@ -56,7 +67,7 @@ def _released_config(class_name, network, values):
     "A configuration from constructor values, each within its range."
     cls, defaults, fixed = _config_class(class_name, network, values)
     fixed = fixed | _OUTSIDE[class_name]
-    for k,v in values.items():
+    for k in values:
         if k not in fixed and k not in defaults and k not in _FREE:
             raise ValueError(f"constructed with {_brief(k)}; expected the values of a {network}")
     v = defaults | values
@@ -69,7 +80,8 @@ def _released_config(class_name, network, values):
     return cls(_whole('model_channels', v['model_channels'], 4, 1024), _several('channel_mult', v['channel_mult'], 16),
                _whole('num_blocks', v['num_blocks'], 1, 32), _several('attn_resolutions', v['attn_resolutions'], 1024),
                _real('dropout', v['dropout']), _whole('augment_dim', v['augment_dim'], 0, 100),
-               _whole('label_dim', v['label_dim'], 0, 10_000), _whole('img_resolution', v.get('img_resolution'), 1, 1024), channels, **extra)
+               _whole('label_dim', v['label_dim'], 0, 10_000),
+               _whole('img_resolution', v.get('img_resolution'), 1, 1024), channels, **extra)
 
 # %% ../../nbs/interop/01_nvidia.ipynb #c9f8dbca
 def from_init_kwargs(
@@ -89,10 +101,13 @@ def _constructor_values(info):
     outside, inside = info['init_kwargs'], inner['init_kwargs']
     for k in outside.keys() & inside.keys():
         if outside[k]!=inside[k]:
-            raise ValueError(f"constructed with {k}={_brief(outside[k])} outside and {_brief(inside[k])} inside; expected one value")
+            raise ValueError(f"constructed with {k}={_brief(outside[k])} outside and {_brief(inside[k])} inside; "
+                             "expected one value")
     if outside.get('model_type', inner['class_name'])!=inner['class_name']:
-        raise ValueError(f"a network of class {_brief(inner['class_name'])}; expected {_brief(outside['model_type'])}, as the wrapper has it")
-    if info['init_args'] or inner['init_args']: raise ValueError("constructed with values that have no names; expected all by name")
+        raise ValueError(f"a network of class {_brief(inner['class_name'])}; "
+                         f"expected {_brief(outside['model_type'])}, as the wrapper has it")
+    if info['init_args'] or inner['init_args']:
+        raise ValueError("constructed with values that have no names; expected all by name")
     return kind, outside | inside | {'model_type':inner['class_name']}
 
 # %% ../../nbs/interop/01_nvidia.ipynb #14ee1f6b
@@ -100,7 +115,8 @@ def _strip_prefix(w):
     "Weights by the names inside the U-Net."
     mark = 'map_layer0.weight'
     prefix = next((k.removesuffix(mark) for k in w if k.endswith(mark)), None)
-    if prefix is None: raise ValueError(f"{mark} is missing; expected the weights of a U-Net of EDM, with or without a prefix")
+    if prefix is None:
+        raise ValueError(f"{mark} is missing; expected the weights of a U-Net of EDM, with or without a prefix")
     out = {k.removeprefix(prefix):v for k,v in w.items()}
     if len(out)!=len(w): raise ValueError("names that differ in their prefix only; expected one network")
     return out
@@ -115,7 +131,8 @@ def _infer_config_values(w):
     adm, kind = 'out_conv.weight' in w, 'iDDPMPrecond' if 'u' in w else 'EDMPrecond'
     width = size('map_layer0.weight', 0)//4
     values = dict(model_channels=width, channel_mult=[size(a+'block0.conv0.weight', 0)//width for a in at],
-                  num_blocks=len({k.split('.')[1] for k in w if k.startswith(at[0]+'block')}), dropout=0.1 if adm else UNetConfig.dropout,
+                  num_blocks=len({k.split('.')[1] for k in w if k.startswith(at[0]+'block')}),
+                  dropout=0.1 if adm else UNetConfig.dropout,
                   attn_resolutions=[r for r,a in zip(sides, at) if a+'block0.qkv.weight' in w],
                   img_resolution=sides[0], img_channels=size(at[0]+'conv.weight', 1),
                   label_dim=size('map_label.weight', 1) if 'map_label.weight' in w else 0,
@@ -139,7 +156,8 @@ def build_released(
     want = resample_filter((1,3,3,1) if isinstance(net.cfg, NCSNConfig) else (1,1))
     for k,v in w.items():
         if k.endswith('resample_filter') and (v!=want).any():
-            raise ValueError(f"{k} is another filter; expected {want[0,0,0].tolist()} in its first row, as in all releases")
+            raise ValueError(f"{k} is another filter; "
+                             f"expected {want[0,0,0].tolist()} in its first row, as in all releases")
     net.load_state_dict(w, assign=True)
     return net
 
@@ -154,9 +172,10 @@ def _default_name(net, path):
 def convert_checkpoint(
     path, # A released .pkl, or a state dict by `torch.save`
 )->Path: # A folder for `load_teacher`, in the cache
-    "A teacher's folder made of a released file, once; its card names the file, its SHA-256, class and constructor values."
+    "A teacher's folder made of a released file, once; its card names the file, its hash and constructor values."
     path = Path(path).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f"{path.name}: no such file; expected a released teacher, {', '.join(_ENDINGS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name}: no such file; expected a released teacher, {', '.join(_ENDINGS)}")
     made = [cache_dir()/'teachers'/file_hash(path)[:16]/name for name in ('edm-cifar10-vp', path.stem)]
     for folder in made:
         if (folder/'model.safetensors').is_file(): return folder
@@ -174,8 +193,8 @@ def _find_released():
     for root in (data_dir(), cache_dir(), cache_dir()/'teachers'):
         for end in _ENDINGS:
             if (root/(RELEASED+end)).is_file(): return convert_checkpoint(root/(RELEASED+end))
-    raise FileNotFoundError(f"teacher 'edm-cifar10-vp': no {RELEASED}.pkl in {data_dir()}; expected NVIDIA's file there "
-                            "(223 MB; `ditnano doctor` reports how to get it)")
+    raise FileNotFoundError(f"teacher 'edm-cifar10-vp': no {RELEASED}.pkl in {data_dir()}; expected NVIDIA's file "
+                            "there (223 MB; `ditnano doctor` reports how to get it)")
 
 def load_released(
     name, # 'edm-cifar10-vp', or a released file

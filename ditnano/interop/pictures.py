@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from joblib import Parallel, delayed
 from PIL import Image
 
@@ -51,23 +50,31 @@ def _arrange(where, names):
     for n in names:
         first, _, rest = n.partition('/')
         part = _PARTS.get(first.lower()) if parted and rest else None
-        if parted and part is None: raise ValueError(f"{where}: {n} lies beside train/; expected every picture in train/ or test/")
+        if parted and part is None:
+            raise ValueError(f"{where}: {n} lies beside train/; expected every picture in train/ or test/")
         folders = (rest if parted else n).split('/')[:-1]
-        if len(folders)>1: raise ValueError(f"{where}: {n} lies too deep; expected CLASS/picture (name the folder that holds the classes)")
+        if len(folders)>1:
+            raise ValueError(f"{where}: {n} lies too deep; "
+                             "expected CLASS/picture (name the folder that holds the classes)")
         rows.append((n, folders[0] if folders else None, part))
     mixed = {c is None for _,c,_ in rows}
-    if len(mixed)==2: raise ValueError(f"{where}: {next(n for n,c,_ in rows if c is None)} lies beside class folders; expected all in folders or none")
+    if len(mixed)==2:
+        raise ValueError(f"{where}: {next(n for n,c,_ in rows if c is None)} lies beside class folders; "
+                         "expected all in folders or none")
     return [(n, unicodedata.normalize('NFC', c or where), part) for n,c,part in rows]
 
 # %% ../../nbs/interop/05_pictures.ipynb #c53f8b5f
 def _labelled(where, names, text):
     "Rows of EDM's `dataset.json`: every picture has a label there, and every label its picture."
     try: labels = json.loads(text)['labels']
-    except (ValueError, KeyError, TypeError): raise ValueError(f"{where}: dataset.json without labels; expected EDM's form") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{where}: dataset.json without labels; expected EDM's form") from None
     if labels is None: return [(n, where, None) for n in names], None
     labels = {str(n).replace('\\', '/'):k for n,k in labels}
     lost = sorted(set(labels)-set(names)) or sorted(set(names)-set(labels))
-    if lost: raise ValueError(f"{where}: {lost[0]} is in {'dataset.json' if lost[0] in labels else 'the pictures'} alone; expected one label a picture")
+    if lost:
+        raise ValueError(f"{where}: {lost[0]} is in {'dataset.json' if lost[0] in labels else 'the pictures'} alone; "
+                         "expected one label a picture")
     bad = next((n for n,k in labels.items() if type(k) is not int or k<0), None)
     if bad: raise ValueError(f"{where}: label {labels[bad]!r} of {bad}; expected a whole number from 0")
     classes = tuple(map(str, range(max(labels.values())+1)))
@@ -83,7 +90,8 @@ def _walk_folder(root):
             path = Path(at)/f
             if not path.is_symlink(): continue
             if f in folders or home not in path.resolve().parents:
-                raise ValueError(f"{path.relative_to(root).as_posix()}: a link out of {root.name} or to a folder; expected plain files")
+                raise ValueError(f"{path.relative_to(root).as_posix()}: a link out of {root.name} or to a folder; "
+                                 "expected plain files")
         names += [(Path(at)/f).relative_to(root).as_posix() for f in files]
     return sorted(n for n in names if not is_junk(n))
 
@@ -92,7 +100,8 @@ class _FolderReader:
     root:Path
     def __call__(self, name):
         path = self.root/name
-        if path.stat().st_size>MAX_FILE: raise ValueError(f"{name}: {path.stat().st_size:,} bytes; expected at most {MAX_FILE:,}")
+        if path.stat().st_size>MAX_FILE:
+            raise ValueError(f"{name}: {path.stat().st_size:,} bytes; expected at most {MAX_FILE:,}")
         return path.read_bytes()
 
 def read_folder(
@@ -101,8 +110,10 @@ def read_folder(
     "A folder: classes as folders, a flat folder of one class, or EDM's form."
     names, where = _walk_folder(root), root.resolve().name
     pictures = [n for n in names if _is_picture(n)]
-    if not pictures: raise ValueError(f"{root}: no pictures; expected CLASS/*.png (or {', '.join(x[1:] for x in EXTENSIONS[1:])})")
-    if (root/'dataset.json').is_file(): rows, classes = _labelled(where, pictures, (root/'dataset.json').read_text(encoding='utf-8-sig'))
+    if not pictures:
+        raise ValueError(f"{root}: no pictures; expected CLASS/*.png (or {', '.join(x[1:] for x in EXTENSIONS[1:])})")
+    if (root/'dataset.json').is_file(): rows, classes = _labelled(where, pictures,
+                                                                  (root/'dataset.json').read_text(encoding='utf-8-sig'))
     else: rows, classes = _arrange(where, pictures), None
     listing = [(n, (root/n).stat().st_size, (root/n).stat().st_mtime_ns) for n in names]
     other = tuple(n for n in names if not _is_picture(n) and n!='dataset.json')
@@ -120,7 +131,8 @@ class _ZipReader:
     def __call__(self, name):
         try: return _open_zip(self.path, self.stamp).read(self.prefix+name)
         except (zipfile.BadZipFile, OSError, EOFError, RuntimeError) as e:
-            raise ValueError(f"{name}: not readable in {self.path.name} ({type(e).__name__}); expected an undamaged zip") from None
+            raise ValueError(f"{name}: not readable in {self.path.name} ({type(e).__name__}); "
+                             "expected an undamaged zip") from None
 
 def _zip_names(path):
     try: members = zipfile.ZipFile(path).infolist()
@@ -128,8 +140,11 @@ def _zip_names(path):
         if isinstance(e, PermissionError): raise
         raise ValueError(f"{path.name}: damaged or truncated ({type(e).__name__}); expected a complete zip") from None
     for m in members:
-        if m.filename.startswith('/') or '..' in m.filename.split('/'): raise ValueError(f"{path.name}: member {m.filename!r} leaves the zip; expected plain relative paths")
-        if m.file_size>MAX_FILE: raise ValueError(f"{path.name}: member {m.filename!r} has {m.file_size:,} bytes; expected at most {MAX_FILE:,}")
+        if m.filename.startswith('/') or '..' in m.filename.split('/'):
+            raise ValueError(f"{path.name}: member {m.filename!r} leaves the zip; expected plain relative paths")
+        if m.file_size>MAX_FILE:
+            raise ValueError(f"{path.name}: member {m.filename!r} has {m.file_size:,} bytes; "
+                             f"expected at most {MAX_FILE:,}")
     return sorted(m.filename for m in members if not m.is_dir() and not is_junk(m.filename))
 
 def read_zip(
@@ -139,8 +154,9 @@ def read_zip(
     names, stem = _zip_names(path), path.stem
     top = {n.partition('/')[0] for n in names}
     deep = max((n.count('/') for n in names), default=0)
-    wrapped = len(top)==1 and (deep>1 or f'{next(iter(top))}/dataset.json' in names) and next(iter(top)).lower()!='train'
-    prefix = next(iter(top))+'/' if wrapped and not any('/' not in n for n in names) else ''
+    first = min(top, default='')
+    wrapped = len(top)==1 and first.lower()!='train' and (deep>1 or f'{first}/dataset.json' in names)
+    prefix = first+'/' if wrapped and all('/' in n for n in names) else ''
     names = [n.removeprefix(prefix) for n in names]
     pictures, read = [n for n in names if _is_picture(n)], _ZipReader(path, path.stat().st_mtime_ns, prefix)
     if not pictures: raise ValueError(f"{path.name}: no pictures; expected CLASS/*.png in the zip")
@@ -165,16 +181,22 @@ def read_npz(
     try:
         with np.load(path, allow_pickle=False) as f: arrays = {k:f[k] for k in ('images','labels') if k in f.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path.name}: damaged, or objects instead of numbers ({type(e).__name__}); expected arrays") from None
+        raise ValueError(f"{path.name}: damaged, or objects instead of numbers ({type(e).__name__}); "
+                         "expected arrays") from None
     images, labels = arrays.get('images'), arrays.get('labels')
     if images is None: raise ValueError(f"{path.name}: no array 'images'; expected images and labels")
     if images.dtype!=np.uint8 or images.ndim not in (3,4):
-        raise ValueError(f"{path.name}: images {images.shape} {images.dtype}; expected uint8 (N, H, W), (N, H, W, C) or (N, C, H, W)")
-    if images.ndim==4 and images.shape[1] in (1,3) and images.shape[3] not in (1,3,4): images = images.transpose(0,2,3,1)
-    if images.ndim==4 and images.shape[3] not in (1,3,4): raise ValueError(f"{path.name}: images {images.shape}; expected 1, 3 or 4 channels")
+        raise ValueError(f"{path.name}: images {images.shape} {images.dtype}; "
+                         "expected uint8 (N, H, W), (N, H, W, C) or (N, C, H, W)")
+    if images.ndim==4 and images.shape[1] in (1,3) and images.shape[3] not in (1,3,4):
+        images = images.transpose(0,2,3,1)
+    if images.ndim==4 and images.shape[3] not in (1,3,4):
+        raise ValueError(f"{path.name}: images {images.shape}; expected 1, 3 or 4 channels")
     if images.ndim==4 and images.shape[3]==1: images = images[...,0]
-    if labels is not None and (labels.shape!=(len(images),) or labels.dtype.kind not in 'iu' or (len(labels) and labels.min()<0)):
-        raise ValueError(f"{path.name}: labels {labels.shape} {labels.dtype}; expected {len(images)} whole numbers from 0")
+    if labels is not None and (labels.shape!=(len(images),
+                                              ) or labels.dtype.kind not in 'iu' or (len(labels) and labels.min()<0)):
+        raise ValueError(f"{path.name}: labels {labels.shape} {labels.dtype}; "
+                         f"expected {len(images)} whole numbers from 0")
     rows = [(f'image {k}', path.stem if labels is None else str(labels[k]), None) for k in range(len(images))]
     classes = None if labels is None else tuple(map(str, range(int(labels.max(initial=0))+1)))
     return Source(path.stem, rows, _ArrayReader(np.ascontiguousarray(images)), verified_hash(path)[:12], (), classes)
@@ -183,7 +205,8 @@ def read_npz(
 def _open_datasets(source):
     "The splits of a data set on disk, of parquet files, or of the Hub."
     try: import datasets
-    except ImportError: raise ValueError(f"{source}: the package datasets is not installed: pip install 'ditnano[hub]'") from None
+    except ImportError:
+        raise ValueError(f"{source}: the package datasets is not installed: pip install 'ditnano[hub]'") from None
     path = Path(source)
     try:
         if str(source).startswith('hf:'): found = datasets.load_dataset(str(source)[3:])
@@ -191,7 +214,9 @@ def _open_datasets(source):
         else:
             files = [str(path)] if path.is_file() else sorted(map(str, path.glob('*.parquet')))
             found = datasets.Dataset.from_parquet(files, cache_dir=str(cache_dir()/'datasets'))
-    except Exception as e: raise ValueError(f"{source}: not a data set ({type(e).__name__}: {str(e).splitlines()[0][:80]}); expected parquet or save_to_disk") from None
+    except Exception as e:
+        raise ValueError(f"{source}: not a data set ({type(e).__name__}: {str(e).splitlines()[0][:80]}); "
+                         "expected parquet or save_to_disk") from None
     return dict(found) if isinstance(found, datasets.DatasetDict) else {None:found}
 
 def _columns(source, data):
@@ -200,9 +225,11 @@ def _columns(source, data):
     kinds = data.features
     pictures = [k for k,v in kinds.items() if isinstance(v, datasets.Image) or (isinstance(v, dict) and 'bytes' in v)]
     labels = [k for k,v in kinds.items() if isinstance(v, datasets.ClassLabel)]
-    if not labels: labels = [k for k in ('label','labels') if getattr(kinds.get(k), 'dtype', '') in ('int64','int32','string')]
+    if not labels:
+        labels = [k for k in ('label','labels') if getattr(kinds.get(k), 'dtype', '') in ('int64','int32','string')]
     if len(pictures)!=1 or len(labels)>1:
-        raise ValueError(f"{source}: columns {', '.join(kinds)}; expected one of pictures and at most one of class labels")
+        raise ValueError(f"{source}: columns {', '.join(kinds)}; "
+                         "expected one of pictures and at most one of class labels")
     return pictures[0], labels[0] if labels else None, getattr(kinds[labels[0]], 'names', None) if labels else None
 
 # %% ../../nbs/interop/05_pictures.ipynb #cf89c764
@@ -227,10 +254,12 @@ def read_datasets(
     for s,data in splits.items():
         if len(splits)>1 and parts[s] is None: continue
         import datasets
-        if isinstance(data.features[column], datasets.Image): data = data.cast_column(column, datasets.Image(decode=False))
+        if isinstance(data.features[column], datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
         ready[s] = data
         labels = data[label] if label else [None]*len(data)
-        rows += [(f"{s or ''} {k}".strip() if s else f' {k}', stem if y is None else names[y] if names else str(y), parts[s]) for k,y in enumerate(labels)]
+        rows += [(f"{s or ''} {k}".strip() if s else f' {k}', stem if y is None else names[y] if names else str(y),
+                  parts[s]) for k,y in enumerate(labels)]
     key = content_hash([data._fingerprint for data in ready.values()])
     return Source(stem, rows, _DatasetReader(ready, column), key, (), tuple(names) if names else None)
 
@@ -254,14 +283,15 @@ def decode_all(
 ):
     "Yield (name, picture or reason) in order, decoded side by side."
     chunks = [names[i:i+CHUNK] for i in range(0, len(names), CHUNK)]
-    pool = Parallel(os.cpu_count() or 1, prefer='processes' if len(names)>=MANY else 'threads', return_as='generator', pre_dispatch='2*n_jobs')
+    pool = Parallel(os.cpu_count() or 1, prefer='processes' if len(names)>=MANY else 'threads', return_as='generator',
+                    pre_dispatch='2*n_jobs')
     for i,(chunk,made) in enumerate(zip(chunks, pool(delayed(_decode_chunk)(read, c, size, channels) for c in chunks))):
         yield from zip(chunk, made)
         if log and (i+1)*CHUNK//10_000>i*CHUNK//10_000: log(f"decoded {(i+1)*CHUNK:,} of {len(names):,} pictures")
 
 # %% ../../nbs/interop/05_pictures.ipynb #8d67ac07
 def _write_images(file, pictures, labels, meta, shape):
-    "A safetensors file written as the pictures come: `pictures` yields arrays; labels and meta are complete when it ends."
+    "A safetensors file written as the pictures come; labels and meta are complete when `pictures` ends."
     raw, h, count = file.with_name(file.name+'.raw'), hashlib.sha256(), 0
     try:
         with open(raw, 'wb') as f:
@@ -273,7 +303,8 @@ def _write_images(file, pictures, labels, meta, shape):
         y = np.asarray(labels, np.int64).tobytes()
         h.update(y)
         size = count*int(np.prod(shape))
-        head = {'__metadata__':{k:v if isinstance(v, str) else json.dumps(v) for k,v in meta.items()} | {'hash':h.hexdigest()},
+        head = {'__metadata__':{k:v if isinstance(v, str) else json.dumps(v) for k,
+                                v in meta.items()} | {'hash':h.hexdigest()},
                 'labels':{'dtype':'I64', 'shape':[count], 'data_offsets':[0,len(y)]},
                 'images':{'dtype':'U8', 'shape':[count,*shape], 'data_offsets':[len(y),len(y)+size]}}
         text = json.dumps(head).encode()
@@ -290,22 +321,28 @@ def read_source(
     "Find out what a source is, and list its pictures."
     path = Path(source).expanduser()
     if str(source).startswith('hf:'): return read_datasets(source)
-    if path.is_dir() and (list(path.glob('*.parquet')) or (path/'dataset_dict.json').is_file() or (path/'state.json').is_file()): return read_datasets(path)
+    if path.is_dir() and (list(path.glob('*.parquet')) or (path/'dataset_dict.json').is_file()
+                          or (path/'state.json').is_file()):
+        return read_datasets(path)
     if path.is_dir(): return read_folder(path)
     readers = {'.zip':read_zip, '.npz':read_npz, '.parquet':read_datasets}
     if path.is_file() and path.suffix.lower() in readers: return readers[path.suffix.lower()](path)
     problem = 'no such file or folder' if not path.exists() else f'a file {path.suffix}'
     raise (FileNotFoundError if not path.exists() and len(path.parts)>1 else ValueError)(
-        f"image set {str(source)!r}: {problem}; expected 'digits32' or 'cifar10', perhaps with a size as in 'cifar10@16', "
-        "or a folder, .zip, .npz or .parquet of pictures")
+        f"image set {str(source)!r}: {problem}; expected 'digits32' or 'cifar10', perhaps with a size as in "
+        "'cifar10@16', or a folder, .zip, .npz or .parquet of pictures")
 
 def _split_rows(source, split):
     "Rows of one split, and the names of all classes."
     classes = source.classes or tuple(sorted({c for _,c,_ in source.rows}))
-    if len(classes)>MAX_CLASSES: raise ValueError(f"{source.name}: {len(classes):,} classes; expected at most {MAX_CLASSES:,}")
-    if len(source.rows)<MIN_PICTURES: raise ValueError(f"{source.name}: {len(source.rows)} pictures; expected {MIN_PICTURES} or more")
+    if len(classes)>MAX_CLASSES:
+        raise ValueError(f"{source.name}: {len(classes):,} classes; expected at most {MAX_CLASSES:,}")
+    if len(source.rows)<MIN_PICTURES:
+        raise ValueError(f"{source.name}: {len(source.rows)} pictures; expected {MIN_PICTURES} or more")
     rows = [r for r in source.rows if (r[2] or ('test' if held_out(r[0]) else 'train'))==split]
-    if not rows: raise ValueError(f"{source.name}: no pictures for {split!r}; expected more pictures, or folders train/ and test/")
+    if not rows:
+        raise ValueError(f"{source.name}: no pictures for {split!r}; "
+                         "expected more pictures, or folders train/ and test/")
     return rows, classes
 
 # %% ../../nbs/interop/05_pictures.ipynb #d4f43b1e
@@ -313,7 +350,8 @@ def _choose_size(source, size):
     if size is None:
         im = Image.open(io.BytesIO(source.read(source.rows[0][0])))
         size = im.size[0] if im.size[0]==im.size[1] and 16<=im.size[0]<=64 else 32
-    if type(size) is not int or not 16<=size<=64 or size%2: raise ValueError(f"size {size!r}; expected an even number from 16 to 64")
+    if type(size) is not int or not 16<=size<=64 or size%2:
+        raise ValueError(f"size {size!r}; expected an even number from 16 to 64")
     return size
 
 # %% ../../nbs/interop/05_pictures.ipynb #070d9282
@@ -332,12 +370,14 @@ def _decode_split(source, rows, classes, size, channels, skip_damaged, log, file
             labels.append(index[label_of[n]])
             yield a
         meta['notes'] = {'skipped':skipped, 'duplicates':sum(seen.values())-len(seen)}
-        if not labels: raise ValueError(f"{source.name}: none of {len(rows)} pictures can be read; expected undamaged pictures")
+        if not labels:
+            raise ValueError(f"{source.name}: none of {len(rows)} pictures can be read; expected undamaged pictures")
     with atomic(file) as tmp: _write_images(tmp, pictures(), labels, meta, (channels,size,size))
 
 def _report(data, other, log):
     skipped, duplicates, counts = data.notes['skipped'], data.notes['duplicates'], data.counts
-    log(f"{data.name} {data.split}: {len(data):,} pictures, {len(counts)} classes of {min(counts.values()):,} to {max(counts.values()):,}")
+    least, most = min(counts.values()), max(counts.values())
+    log(f"{data.name} {data.split}: {len(data):,} pictures, {len(counts)} classes of {least:,} to {most:,}")
     if duplicates: log(f"{duplicates:,} pictures equal another one")
     for n in other: log(f"skipped {n}: not a picture")
     for why in skipped.values(): log(f"skipped {why}")
@@ -354,7 +394,8 @@ def load_pictures(
     "Images of one size from any source, decoded once; raises FileNotFoundError or ValueError in one line."
     found = read_source(source)
     if found.other and not skip_damaged:
-        raise ValueError(f"{found.name}: {found.other[0]} is not a picture; expected pictures alone (skip_damaged leaves such files out)")
+        raise ValueError(f"{found.name}: {found.other[0]} is not a picture; "
+                         "expected pictures alone (skip_damaged leaves such files out)")
     rows, classes = _split_rows(found, split)
     size = _choose_size(found, size)
     name = f"{found.name}@{size}{'-grey' if channels==1 else ''}"

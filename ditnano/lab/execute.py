@@ -95,6 +95,8 @@ def _write_sample_shards(student, config, folder, device):
         images = sample(student, seeds, guidance=e['guidance'], device=device)
         with atomic(folder/'parts'/f'{n}.npy') as tmp, open(tmp,'wb') as f: np.save(f, images.numpy())
 
+
+# %% ../../nbs/lab/02_execute.ipynb #0218f120
 POLL_LIMIT_S = 3600  # Seconds that one process of a distributed run waits for what another one writes
 
 def _wait_until(ready, folder, what):

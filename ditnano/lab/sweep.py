@@ -154,6 +154,8 @@ def _submit(configs, root, scale, device, minutes, cluster=None, **parameters):
     left = None if minutes==math.inf else minutes-_shutdown_margin(minutes)/60
     with executor.batch(): return [executor.submit(_SlurmRun(), c, str(root), scale, device, left) for c in configs]
 
+
+# %% ../../nbs/lab/04_sweep.ipynb #e11b22d9
 def _in_queue(job):
     "Whether Slurm still lists a job; True where `squeue` cannot be asked."
     try: found = subprocess.run(['squeue','-h','-j',str(job.job_id)], capture_output=True, text=True, timeout=30)

@@ -1,5 +1,6 @@
 """Folders of GET's pairs that are damaged, exchanged, of another kind or made to harm: one line each, and nothing in them runs."""
-import os, pickle
+import os
+import pickle
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def nothing(folder): pass
 REFUSED = [
     ('latent/000000099.pkl: noise is a dict', dict(latent=lambda v: [{}, v[1]]), nothing),
     ('000000099.pkl is in latent alone', {}, lambda f: (f/'image'/MIDDLE).unlink()),
-    ('7a.pkl; expected files named by a number', {}, lambda f: [(f/s/MIDDLE).rename(f/s/'7a.pkl') for s in ('latent','image')]),
+    ('7a.pkl; expected files named by a number', {},
+     lambda f: [(f/s/MIDDLE).rename(f/s/'7a.pkl') for s in ('latent','image')]),
     ("no folder 'image'", {}, lambda f: (f/'image').rename(f/'images')),
     ('noise (50, 3, 32, 32), images (49, 3, 32, 32)', dict(image=lambda x: x[:49].clone()), nothing),
     ('expected 4 dimensions of torch.float32', dict(latent=lambda v: [v[0].double(), v[1]]), nothing),
@@ -97,7 +99,8 @@ def test_imported_bit_for_bit_and_found_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='made with teacher='): import_get_pairs(tmp_path/'published1', tmp_path/'get', shard=40)
     monkeypatch.setenv('DITNANO_DATA', str(tmp_path))
     assert ensure_pairs('get', 150) == tmp_path/'get'
-    assert teacher_record('get') == {'name':'get', 'sha256':read_manifest(tmp_path/'get')['recipe']['teacher']['sha256']}
+    assert teacher_record('get') == {'name':'get',
+                                     'sha256':read_manifest(tmp_path/'get')['recipe']['teacher']['sha256']}
     with pytest.raises(ValueError, match='get: 150 imported pairs, 151 asked for'): ensure_pairs('get', 151)
     assert find_imported_pairs('digits32') is None
 
@@ -114,5 +117,6 @@ def test_a_late_error_leaves_the_shards_before_it(tmp_path):
     late = GETPairs(tmp_path/'published')
     assert len(torch.cat([x for _,x,_ in late.parts(0, 140)])) == 140
     with pytest.raises(ValueError, match='000000149.pkl, rows 70-99: an image is not finite in row 20'): late.parts(120, 150)
-    with pytest.raises(ValueError, match='not finite in row'): import_get_pairs(tmp_path/'published', tmp_path/'out', shard=60)
+    with pytest.raises(ValueError, match='not finite in row'): import_get_pairs(tmp_path/'published', tmp_path/'out',
+                                                                                shard=60)
     assert [s['seeds'] for s in read_manifest(tmp_path/'out')['shards']] == [[0,60],[60,120]]

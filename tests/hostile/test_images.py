@@ -1,5 +1,10 @@
 """Every mistake that a person makes with pictures: one line that names it, and nothing left in the cache."""
-import io, json, os, pickle, tarfile, zipfile
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -34,15 +39,19 @@ def refused(source, text, tmp_path, **how):
 
 def header(w, h):
     "A PNG that claims a size and holds nothing."
-    import struct, zlib
+    import struct
+    import zlib
     def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
     return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))+chunk(b'IDAT', zlib.compress(b'\0'*100))+chunk(b'IEND', b'')
 
 
 @pytest.mark.parametrize('data, text', [
-    (b'not a picture', 'cat/new.png: not a readable picture'), (b'', 'cat/new.png: not a readable picture'), (png()[:200], 'cat/new.png: not a readable picture'),
-    (png(size=(1,1)), 'cat/new.png: 1x1 pixels; expected 4 or more a side'), (png(size=(400,5)), 'cat/new.png: 400x5 pixels'),
-    (header(40_000, 40_000), 'cat/new.png: oversized'), (header(9_000, 9_000), 'cat/new.png: 9,000x9,000 pixels; expected 50,000,000 at most'),
+    (b'not a picture', 'cat/new.png: not a readable picture'), (b'', 'cat/new.png: not a readable picture'),
+    (png()[:200], 'cat/new.png: not a readable picture'),
+    (png(size=(1,1)), 'cat/new.png: 1x1 pixels; expected 4 or more a side'),
+    (png(size=(400,5)), 'cat/new.png: 400x5 pixels'),
+    (header(40_000, 40_000), 'cat/new.png: oversized'),
+    (header(9_000, 9_000), 'cat/new.png: 9,000x9,000 pixels; expected 50,000,000 at most'),
 ])
 def test_a_bad_picture_is_named(data, text, tmp_path):
     folder = fill(tmp_path/'photos')
@@ -76,7 +85,9 @@ def test_folders_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize('size', [8, 15, 66, 17, '32'])
-def test_sizes_out_of_range(size, tmp_path): refused(fill(tmp_path/'photos'), f'size {size!r}; expected an even number from 16 to 64', tmp_path, size=size)
+def test_sizes_out_of_range(size, tmp_path): refused(fill(tmp_path/'photos'),
+                                                     f'size {size!r}; expected an even number from 16 to 64', tmp_path,
+                                                     size=size)
 
 
 def test_channels_and_split(tmp_path):
@@ -110,8 +121,10 @@ GOOD = [[f'00000/{k}.png', k%3] for k in range(14)]
 
 
 @pytest.mark.parametrize('labels, text', [
-    ([*GOOD, ['00000/99.png', 1]], '00000/99.png is in dataset.json alone'), (GOOD[:-1], '00000/13.png is in the pictures alone'),
-    ([*GOOD[:-1], ['00000/13.png', -1]], 'label -1 of 00000/13.png'), ([*GOOD[:-1], ['00000/13.png', 1.5]], 'label 1.5'), ('{', 'dataset.json without labels'),
+    ([*GOOD, ['00000/99.png', 1]], '00000/99.png is in dataset.json alone'),
+    (GOOD[:-1], '00000/13.png is in the pictures alone'),
+    ([*GOOD[:-1], ['00000/13.png', -1]], 'label -1 of 00000/13.png'),
+    ([*GOOD[:-1], ['00000/13.png', 1.5]], 'label 1.5'), ('{', 'dataset.json without labels'),
 ])
 def test_label_files_of_edm(labels, text, tmp_path):
     label_file(labels)(tmp_path/'edm.zip')
@@ -135,10 +148,13 @@ def test_zips_that_mean_harm_or_are_cut_short(tmp_path):
 
 
 @pytest.mark.parametrize('arrays, text', [
-    (dict(pixels=np.zeros((20,16,16,3), np.uint8)), "no array 'images'"), (dict(images=np.zeros((20,16,16,3))), 'float64; expected uint8'),
-    (dict(images=np.zeros((20,16), np.uint8)), '(20, 16) uint8'), (dict(images=np.zeros((20,16,16,5), np.uint8)), 'expected 1, 3 or 4 channels'),
+    (dict(pixels=np.zeros((20,16,16,3), np.uint8)), "no array 'images'"),
+    (dict(images=np.zeros((20,16,16,3))), 'float64; expected uint8'),
+    (dict(images=np.zeros((20,16), np.uint8)), '(20, 16) uint8'),
+    (dict(images=np.zeros((20,16,16,5), np.uint8)), 'expected 1, 3 or 4 channels'),
     (dict(images=np.zeros((20,16,16,3), np.uint8), labels=np.zeros(19, int)), 'labels (19,)'),
-    (dict(images=np.zeros((20,16,16,3), np.uint8), labels=np.full(20, -1)), 'labels (20,) int64; expected 20 whole numbers'),
+    (dict(images=np.zeros((20,16,16,3), np.uint8), labels=np.full(20, -1)),
+     'labels (20,) int64; expected 20 whole numbers'),
     (dict(images=np.array([{}]*20, dtype=object)), 'objects instead of numbers'),
 ])
 def test_arrays(arrays, text, tmp_path):
@@ -164,7 +180,8 @@ def write_tree(root, size=32, ext='png'):
 def write_batches(folder):
     folder.mkdir(parents=True)
     for n in [*(f'data_batch_{k}' for k in range(1,6)), 'test_batch']:
-        (folder/n).write_bytes(pickle.dumps({b'data':np.full((10,3072), 7, np.uint8), b'labels':list(range(10))}, protocol=2))
+        (folder/n).write_bytes(pickle.dumps({b'data':np.full((10,3072), 7, np.uint8), b'labels':list(range(10))},
+                                            protocol=2))
 
 
 def archive(*members):
@@ -198,11 +215,16 @@ def twins(d):
 
 
 @pytest.mark.parametrize('make, text', [
-    (lambda d: None, 'nothing in'), (archive(('../train/cat/a.png',tarfile.REGTYPE,10)), 'leaves the archive'), (twins, 'two pictures train/cat/0000'),
-    (archive(('/train/cat/a.png',tarfile.REGTYPE,10)), 'leaves the archive'), (archive(('train/cat/a.png',tarfile.SYMTYPE,0)), 'is a link'),
-    (archive(('train/cat/a.png',tarfile.REGTYPE,MAX_MEMBER+1)), 'expected at most 1,048,576'), (hostile, 'expected only numpy arrays'),
-    (archive(('train/cat/a.png',tarfile.REGTYPE,10)), 'train/cat/a.png: not a readable picture'), (truncated, 'damaged or truncated'),
-    (archive(('train/unicorn/a.png',tarfile.REGTYPE,10)), "class folder 'unicorn'"), (lambda d: write_tree(d, size=16), 'expected 32x32'),
+    (lambda d: None, 'nothing in'), (archive(('../train/cat/a.png',tarfile.REGTYPE,10)), 'leaves the archive'),
+    (twins, 'two pictures train/cat/0000'),
+    (archive(('/train/cat/a.png',tarfile.REGTYPE,10)), 'leaves the archive'),
+    (archive(('train/cat/a.png',tarfile.SYMTYPE,0)), 'is a link'),
+    (archive(('train/cat/a.png',tarfile.REGTYPE,MAX_MEMBER+1)), 'expected at most 1,048,576'),
+    (hostile, 'expected only numpy arrays'),
+    (archive(('train/cat/a.png',tarfile.REGTYPE,10)), 'train/cat/a.png: not a readable picture'),
+    (truncated, 'damaged or truncated'),
+    (archive(('train/unicorn/a.png',tarfile.REGTYPE,10)), "class folder 'unicorn'"),
+    (lambda d: write_tree(d, size=16), 'expected 32x32'),
 ])
 def test_cifar_that_is_none(make, text, tmp_path):
     (tmp_path/'data').mkdir()

@@ -1,5 +1,10 @@
 """Teachers' folders and NVIDIA's files that are damaged, of other kinds, or made to harm: each is one line that names it."""
-import json, math, pickle, shutil, sys, types
+import json
+import math
+import pickle
+import shutil
+import sys
+import types
 from dataclasses import replace
 from unittest import mock
 
@@ -15,7 +20,8 @@ from ditnano.unet import ADMConfig, NCSNConfig, SongUNet
 
 TINY = UNetConfig(model_channels=8, channel_mult=(2,1), num_blocks=1, attn_resolutions=(16,))
 _FORM = {'UNetConfig':dict(embedding_type='positional', resample_filter=[1,1]), 'ADMConfig':{},
-         'NCSNConfig':dict(embedding_type='fourier', encoder_type='residual', resample_filter=[1,3,3,1], channel_mult_noise=2)}
+         'NCSNConfig':dict(embedding_type='fourier', encoder_type='residual', resample_filter=[1,3,3,1],
+                           channel_mult_noise=2)}
 
 
 class Persistent:
@@ -38,13 +44,16 @@ def original(m, **kwargs):
 def release(net, path, inner=None, kind=None, outside={}, **kwargs):
     "Write `net` as the released code would, perhaps with other names and constructor values."
     c, inner = net.cfg, inner or type(net.model).__name__
-    values = dict(model_channels=c.model_channels, channel_mult=list(c.channel_mult), num_blocks=c.num_blocks, label_dim=c.label_dim,
-                  attn_resolutions=list(c.attn_resolutions), dropout=c.dropout, augment_dim=c.augment_dim, in_channels=c.channels)
+    values = dict(model_channels=c.model_channels, channel_mult=list(c.channel_mult), num_blocks=c.num_blocks,
+                  label_dim=c.label_dim,
+                  attn_resolutions=list(c.attn_resolutions), dropout=c.dropout, augment_dim=c.augment_dim,
+                  in_channels=c.channels)
     unet = original(net.model, **values | _FORM[type(c).__name__] | kwargs)
     unet.meta['class_name'] = inner
     buffers = {k:v for k,v in net._buffers.items()}
     state = dict(training=False, _parameters={}, _buffers=buffers, _modules={'model':unet})
-    given = dict(img_resolution=c.image_size, img_channels=c.channels, label_dim=c.label_dim, model_type=inner) | outside
+    given = dict(img_resolution=c.image_size, img_channels=c.channels, label_dim=c.label_dim,
+                 model_type=inner) | outside
     ema = Persistent(kind or type(net).__name__, state, **given)
     def _reconstruct_persistent_obj(meta): raise AssertionError('called')
     home = types.ModuleType('torch_utils.persistence')
@@ -66,7 +75,8 @@ def teacher(kind='EDMPrecond', cfg=TINY, seed=7, **kw): return randomize_weights
 
 NCSN = NCSNConfig(model_channels=8, channel_mult=(1,2), num_blocks=1, attn_resolutions=(8,), image_size=16)
 ADM = ADMConfig(model_channels=64, channel_mult=(1,1), num_blocks=1, attn_resolutions=(8,), image_size=16, label_dim=10)
-RELEASES = {'vp':('EDMPrecond', TINY), 'baseline vp':('VPPrecond', TINY), 'unconditional':('EDMPrecond', replace(TINY, label_dim=0, augment_dim=0)),
+RELEASES = {'vp':('EDMPrecond', TINY), 'baseline vp':('VPPrecond', TINY),
+            'unconditional':('EDMPrecond', replace(TINY, label_dim=0, augment_dim=0)),
             've':('EDMPrecond', NCSN), 'baseline ve':('VEPrecond', NCSN), 'adm':('EDMPrecond', ADM),
             'iddpm':('iDDPMPrecond', replace(ADM, out_channels=6))}
 
@@ -82,7 +92,8 @@ def test_released_files_of_every_kind_load_bit_for_bit(name, tmp_path):
     first = got.hash
     assert load_teacher(tmp_path/'x.pkl').hash == first   # from the cache
     if name in ('vp', 've', 'adm', 'iddpm'):
-        torch.save(given.state_dict() if name == 'iddpm' else {'net.'+k:v for k,v in given.model.state_dict().items()}, tmp_path/'z.pt')
+        torch.save(given.state_dict() if name == 'iddpm' else {'net.'+k:v for k,v in given.model.state_dict().items()},
+                   tmp_path/'z.pt')
         bare = load_teacher(tmp_path/'z.pt')
         assert type(bare) is type(given) and replace(bare.cfg, dropout=c.dropout) == c
 
@@ -104,19 +115,23 @@ def dictionary(change):
 
 REFUSED = [
     (made(inner='OtherUNet'), "a network of class 'OtherUNet'; expected SongUNet or DhariwalUNet"),
-    (made(inner='DhariwalUNet', outside={'model_type':'SongUNet'}), "a network of class 'DhariwalUNet'; expected 'SongUNet'"),
+    (made(inner='DhariwalUNet', outside={'model_type':'SongUNet'}),
+     "a network of class 'DhariwalUNet'; expected 'SongUNet'"),
     (made(kind='OtherPrecond'), "class 'OtherPrecond'; expected EDMPrecond, VPPrecond"),
     (made(embedding_type='fourier'), "encoder_type='standard'; expected 'residual', as in NCSNConfig"),
     (made(encoder_type='residual'), "encoder_type='residual'; expected 'standard', as in UNetConfig"),
     (made(decoder_type='skip'), "decoder_type='skip'; expected 'standard'"),
     (made(resample_filter=[1,3,3,1]), 'resample_filter=[1, 3, 3, 1]; expected [1, 1]'),
-    (made(adaptive_scale=True), "constructed with 'adaptive_scale'"), (made(label_dim=7), 'label_dim=10 outside and 7 inside'),
-    (made(outside={'sigma_max':80.}), 'sigma_max=80.0; expected inf'), (made(kind='VPPrecond', outside={'M':10}), 'M=10; expected 1000'),
+    (made(adaptive_scale=True), "constructed with 'adaptive_scale'"),
+    (made(label_dim=7), 'label_dim=10 outside and 7 inside'),
+    (made(outside={'sigma_max':80.}), 'sigma_max=80.0; expected inf'),
+    (made(kind='VPPrecond', outside={'M':10}), 'M=10; expected 1000'),
     (made(outside={'sigma_data':-1.}), 'sigma_data=-1.0; expected a number'),
     (made(model_channels=10**9), 'model_channels=1000000000; expected a whole number from 4 to 1024'),
     (made(num_blocks=10**6), 'num_blocks=1000000'), (made(channel_mult=[1]*100), 'expected a list of 8 at most'),
     (made(channel_mult='22'), "channel_mult='22'"), (made(num_blocks=True), 'num_blocks=True'),
-    (made(outside={'img_resolution':None}), 'img_resolution=None'), (made(model_channels=24), 'is (8, 10); expected (24, 10)'),
+    (made(outside={'img_resolution':None}), 'img_resolution=None'),
+    (made(model_channels=24), 'is (8, 10); expected (24, 10)'),
     (made(num_blocks=2), 'is missing; expected ('),
     (altered(lambda n: n.model.register_buffer('more', torch.zeros(2))), 'model.more is (2,); expected no such entry'),
     (altered(lambda n: n.model.enc['16x16_down'].conv0.resample_filter.fill_(.3)), 'is another filter'),
@@ -164,9 +179,12 @@ DAMAGE = [
     (ValueError, 'damaged or altered', lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:-1000])),
     (ValueError, 'damaged or altered', lambda f: flip(f/'model.safetensors')),
     (ValueError, 'damaged or altered|not JSON', lambda f: flip(f/'config.json')),
-    (ValueError, r'map_label.weight is \(8, 10\); expected \(24, 10\)', lambda f: edit(f, unet=replace(TINY, model_channels=24).to_dict())),
-    (ValueError, r'map_layer1.bias is missing; expected \(32,\)', lambda f: reweigh(f, lambda w: w.pop('model.map_layer1.bias'))),
-    (ValueError, r'more is \(2,\); expected no such entry', lambda f: reweigh(f, lambda w: w.update(more=torch.zeros(2)))),
+    (ValueError, r'map_label.weight is \(8, 10\); expected \(24, 10\)',
+     lambda f: edit(f, unet=replace(TINY, model_channels=24).to_dict())),
+    (ValueError, r'map_layer1.bias is missing; expected \(32,\)',
+     lambda f: reweigh(f, lambda w: w.pop('model.map_layer1.bias'))),
+    (ValueError, r'more is \(2,\); expected no such entry',
+     lambda f: reweigh(f, lambda w: w.update(more=torch.zeros(2)))),
     (ValueError, 'is not finite', lambda f: reweigh(f, lambda w: w['model.map_layer1.bias'].fill_(math.nan))),
     (ValueError, "unknown key 'depth'", lambda f: edit(f, unet={'depth':3})),
     (ValueError, "KeyError 'Nonesuch'", lambda f: edit(f, class_name='Nonesuch')),
@@ -184,7 +202,8 @@ def test_damaged_folders_are_named(k, tmp_path):
 
 
 def test_nothing_else_is_overwritten_and_nothing_infinite_is_saved(tmp_path):
-    with pytest.raises(FileNotFoundError, match="teacher 'nobody': no config.json and no model.safetensors"): load_teacher('nobody')
+    with pytest.raises(FileNotFoundError,
+                       match="teacher 'nobody': no config.json and no model.safetensors"): load_teacher('nobody')
     (tmp_path/'precious').mkdir()
     (tmp_path/'precious'/'thesis.txt').write_text('draft')
     with pytest.raises(ValueError, match='precious: holds thesis.txt; expected a new folder'): save_teacher(teacher(), tmp_path/'precious', {})

@@ -32,4 +32,5 @@ def test_a_flipped_bit_and_other_weights_are_named(tmp_path):
 
 
 def test_the_shipped_ones_load():
-    for name in ('digitsnet','digitslens','cifarnet','cifarlens'): assert load_classifier(name).card['held_out_accuracy'] > 0.5
+    for name in ('digitsnet','digitslens','cifarnet',
+                 'cifarlens'): assert load_classifier(name).card['held_out_accuracy'] > 0.5

@@ -19,21 +19,7 @@ def python(program, *words, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-@pytest.mark.parametrize('text, value', [('425000', 425_000), ('425k', 425_000), ('0.42M', 420_000), ('1e6', 1_000_000),
-                                         ('2.2m', 2_200_000), ('1', 1)])
-def test_counts(text, value): assert cli.parse_count(text) == value
-
-
-@pytest.mark.parametrize('text', ['', 'k', '-1', '0', '0.2', '1e400', 'nan', '4 k', '0x10', '1,000', '1M2'])
-def test_counts_that_are_refused(text):
-    with pytest.raises(ValueError, match='expected a number such as 425000, 425k, 0.42M or 1e6'): cli.parse_count(text)
-
-
-@given(st.integers(1, 10**15))
-def test_whole_numbers_are_counts(n): assert cli.parse_count(str(n)) == n
-
-
-@pytest.mark.parametrize('parse', [cli.parse_count, cli.parse_design, cli.parse_seeds])
+@pytest.mark.parametrize('parse', [cli.parse_design, cli.parse_seeds])
 @given(text=st.text(max_size=20))
 def test_a_parser_returns_or_names_the_value(parse, text):
     try: parse(text)

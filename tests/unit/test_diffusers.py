@@ -1,5 +1,6 @@
 """Teachers from diffusers: our sampler's path on them equals diffusers' own at the same noise levels."""
-import json, shutil
+import json
+import shutil
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ def saved(folder, scheduler, seed=0, **how):
     torch.manual_seed(seed)
     net = diffusers.UNet2DModel(**SMALL | how).eval()
     with torch.no_grad():
-        for p in net.parameters(): p.copy_(torch.randn(p.shape)*(p[0].numel()**-.5 if p.dim() > 1 else 0.3) + (p.dim() == 1)*0.1)
+        for p in net.parameters(): p.copy_(torch.randn(p.shape)*(p[0].numel()**-.5 if p.dim() > 1
+                                                                 else 0.3) + (p.dim() == 1)*0.1)
     net.save_pretrained(folder/'unet')
     scheduler.save_pretrained(folder/'scheduler')
     return net
@@ -32,7 +34,8 @@ def reference(net, scheduler, z, labels, steps):
     "The path of diffusers' own sampler."
     scheduler.set_timesteps(steps)
     x = z*scheduler.init_noise_sigma
-    for t in scheduler.timesteps: x = scheduler.step(net(scheduler.scale_model_input(x, t), t, class_labels=labels).sample, t, x).prev_sample
+    for t in scheduler.timesteps: x = scheduler.step(net(scheduler.scale_model_input(x, t), t,
+                                                         class_labels=labels).sample, t, x).prev_sample
     return x
 
 
@@ -52,16 +55,20 @@ def test_heun_equals_diffusers(prediction, betas, classes, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('kind, how', [('EulerDiscreteScheduler', dict(prediction_type='sample', use_karras_sigmas=True)),
-                                       ('EulerDiscreteScheduler', dict(prediction_type='epsilon', timestep_spacing='linspace')),
-                                       ('EDMEulerScheduler', dict(prediction_type='epsilon')), ('EDMEulerScheduler', dict(prediction_type='v_prediction'))])
+@pytest.mark.parametrize('kind, how', [('EulerDiscreteScheduler',
+                                        dict(prediction_type='sample', use_karras_sigmas=True)),
+                                       ('EulerDiscreteScheduler',
+                                        dict(prediction_type='epsilon', timestep_spacing='linspace')),
+                                       ('EDMEulerScheduler', dict(prediction_type='epsilon')),
+                                       ('EDMEulerScheduler', dict(prediction_type='v_prediction'))])
 def test_euler_equals_diffusers(kind, how, tmp_path):
     scheduler = getattr(diffusers, kind)(**how)
     net = saved(tmp_path, scheduler)
     teacher, z = load_teacher(tmp_path/'unet'), torch.randn(2, 3, 16, 16)
     theirs = reference(net, scheduler, z, None, 6)
     x = z.double()*scheduler.init_noise_sigma
-    for a,b in zip(scheduler.sigmas.double(), scheduler.sigmas.double()[1:]): x = x + (b-a)*ode_derivative(teacher, x, a)
+    for a,b in zip(scheduler.sigmas.double(), scheduler.sigmas.double()[1:]):
+        x = x + (b-a)*ode_derivative(teacher, x, a)
     assert x.std() > 0.1 and relative(x, theirs) < 1e-4
 
 
@@ -69,7 +76,8 @@ def test_pairs_of_a_diffusers_teacher(tmp_path):
     saved(tmp_path/'t', diffusers.DDIMScheduler(), num_class_embeds=4, in_channels=1, out_channels=1)
     (tmp_path/'t'/'model_index.json').write_text('{}')
     pairs = PairDataset(make_pairs(tmp_path/'t', 4, tmp_path/'p', steps=2, device='cpu'))
-    assert pairs.batch(range(4))[1].shape == (4,1,16,16) and pairs.recipe['classes'] == 4 and pairs.recipe['teacher']['name'] == 't'
+    assert pairs.batch(range(4))[1].shape == (4,1,16,
+                                              16) and pairs.recipe['classes'] == 4 and pairs.recipe['teacher']['name'] == 't'
     assert load_teacher(tmp_path/'t').hash == pairs.recipe['teacher']['sha256']
 
 
@@ -77,11 +85,16 @@ def rewrite(path, **change): path.write_text(json.dumps(json.loads(path.read_tex
 
 
 @pytest.mark.parametrize('change, text', [
-    (lambda f: rewrite(f/'scheduler'/'scheduler_config.json', _class_name='LCMScheduler'), "scheduler 'LCMScheduler'; expected one of DDPMScheduler"),
-    (lambda f: rewrite(f/'scheduler'/'scheduler_config.json', prediction_type='flow'), "prediction_type 'flow'; expected one of epsilon"),
-    (lambda f: rewrite(f/'scheduler'/'scheduler_config.json', beta_schedule='exp'), "beta_schedule 'exp'; expected linear"),
-    (lambda f: rewrite(f/'scheduler'/'scheduler_config.json', rescale_betas_zero_snr=True), 'rescale_betas_zero_snr=True; expected'),
-    (lambda f: rewrite(f/'unet'/'config.json', _class_name='UNet2DConditionModel'), 'a UNet2DConditionModel; expected a UNet2DModel'),
+    (lambda f: rewrite(f/'scheduler'/'scheduler_config.json', _class_name='LCMScheduler'),
+     "scheduler 'LCMScheduler'; expected one of DDPMScheduler"),
+    (lambda f: rewrite(f/'scheduler'/'scheduler_config.json', prediction_type='flow'),
+     "prediction_type 'flow'; expected one of epsilon"),
+    (lambda f: rewrite(f/'scheduler'/'scheduler_config.json', beta_schedule='exp'),
+     "beta_schedule 'exp'; expected linear"),
+    (lambda f: rewrite(f/'scheduler'/'scheduler_config.json', rescale_betas_zero_snr=True),
+     'rescale_betas_zero_snr=True; expected'),
+    (lambda f: rewrite(f/'unet'/'config.json', _class_name='UNet2DConditionModel'),
+     'a UNet2DConditionModel; expected a UNet2DModel'),
     (lambda f: rewrite(f/'unet'/'config.json', sample_size=None), 'sample_size None; expected'),
     (lambda f: shutil.rmtree(f/'scheduler'), 'no scheduler_config.json; expected the scheduler beside the network'),
     (lambda f: (f/'unet'/'diffusion_pytorch_model.safetensors').write_bytes(b'x'*100), 't: '),

@@ -1,5 +1,6 @@
 """EDM's networks and sampler against a second implementation, for every kind of released teacher."""
-import math, sys
+import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ KINDS = {
     'ddpm++':('EDMPrecond', UNetConfig(**SMALL)), 'ddpm++ vp':('VPPrecond', UNetConfig(**SMALL)),
     'unconditional':('EDMPrecond', UNetConfig(**SMALL | dict(label_dim=0, augment_dim=0))),
     'grey':('EDMPrecond', UNetConfig(**SMALL, channels=1)),
-    'ncsn++':('EDMPrecond', NCSNConfig(**SMALL)), 'ncsn++ ve':('VEPrecond', NCSNConfig(**SMALL | dict(channel_mult=(1,2,1)))),
+    'ncsn++':('EDMPrecond', NCSNConfig(**SMALL)),
+    'ncsn++ ve':('VEPrecond', NCSNConfig(**SMALL | dict(channel_mult=(1,2,1)))),
     'ncsn++ unconditional':('VEPrecond', NCSNConfig(**SMALL | dict(label_dim=0, augment_dim=0))),
-    'adm':('EDMPrecond', ADMConfig(**ADM)), 'adm augmented':('EDMPrecond', ADMConfig(**ADM | dict(augment_dim=9, label_dim=0))),
+    'adm':('EDMPrecond', ADMConfig(**ADM)),
+    'adm augmented':('EDMPrecond', ADMConfig(**ADM | dict(augment_dim=9, label_dim=0))),
     'iddpm':('iDDPMPrecond', ADMConfig(**ADM, out_channels=6)),
 }
 
@@ -81,8 +84,10 @@ def test_the_cifar10_teacher_in_full_size():
 def test_schedule_and_sampler_refuse_impossible_ranges():
     assert rho_schedule(torch.tensor([0., 1.], dtype=torch.float64), 80, 0.002).tolist() == pytest.approx([80, 0.002])
     net = random_teacher('grey')
-    with pytest.raises(ValueError, match='steps=0; expected 1 or more'): heun_sampler(net, torch.randn(1,1,16,16), steps=0)
-    with pytest.raises(ValueError, match='expected 0 < sigma_min < sigma_max'): heun_sampler(net, torch.randn(1,1,16,16), sigma_min=90.)
+    with pytest.raises(ValueError, match='steps=0; expected 1 or more'):
+        heun_sampler(net, torch.randn(1,1,16,16), steps=0)
+    with pytest.raises(ValueError, match='expected 0 < sigma_min < sigma_max'):
+        heun_sampler(net, torch.randn(1,1,16,16), sigma_min=90.)
     with pytest.raises(ValueError, match='3 noise levels for 4 images'): net(torch.randn(4,1,16,16), torch.ones(3))
     with pytest.raises(ValueError, match=r'expected \(N, 1, 16, 16\)'): net(torch.randn(4,3,16,16), 1.)
     with pytest.raises(ValueError, match='augment labels for a network that has none'):

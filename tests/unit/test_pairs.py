@@ -1,5 +1,7 @@
 """Pairs: what a dataset holds open, what it verifies, and what it says of damage and of teachers of every shape."""
-import errno, math, os
+import errno
+import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +26,8 @@ class Gaussian:
 def constant_shards(folder, count, size=4):
     "A set of many small shards of made-up pairs."
     recipe = {'teacher':{'name':'none', 'sha256':'0'*64}, 'image_dtype':'fp32', 'shape':[1,4,4], 'classes':0}
-    def make(lo, hi): return {'x':torch.full((hi-lo,1,4,4), float(lo)), 'y':torch.zeros(hi-lo, dtype=torch.int64), 'z':torch.ones(hi-lo,1,4,4)}
+    def make(lo, hi): return {'x':torch.full((hi-lo,1,4,4), float(lo)), 'y':torch.zeros(hi-lo, dtype=torch.int64),
+                              'z':torch.ones(hi-lo,1,4,4)}
     return write_pairs(folder, recipe, {'shard':size, 'noise':True}, 0, count*size, lambda: make)
 
 
@@ -33,7 +36,8 @@ def test_any_denoiser_of_any_shape_without_classes(tmp_path):
     z, x, y = data.batch(range(20))
     assert x.shape == (20, 1, 8, 8) and x.std() > 0.1 and not y.any() and data.recipe['classes'] == 0
     with pytest.raises(ValueError, match='no attribute hash'): make_pairs(lambda *a: a, 2, tmp_path/'q')
-    net = build_denoiser('EDMPrecond', UNetConfig(model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), image_size=12, channels=1,
+    net = build_denoiser('EDMPrecond', UNetConfig(model_channels=8, channel_mult=(1,), num_blocks=1,
+                                                  attn_resolutions=(), image_size=12, channels=1,
                                                   label_dim=3)).eval()
     z, x, y = PairDataset(make_pairs(net, 8, tmp_path/'net', steps=1, device='cpu')).batch(range(8))
     assert x.shape == (8, 1, 12, 12) and 0 < int(y.max()) < 3
@@ -84,7 +88,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         make_pairs(Gaussian(), 40, tmp_path/'p', steps=1, shard=10, device='cpu')
     assert '\n' not in str(caught.value) and len(read_manifest(tmp_path/'p')['shards']) == 2
     assert sorted(p.name[:5] for p in (tmp_path/'p').iterdir() if p.name != '.lock') == ['manif', 'pairs', 'pairs']
-    assert len(PairDataset(make_pairs(Gaussian(), 40, tmp_path/'p', steps=1, shard=10, device='cpu'), check='hash')) == 40
+    assert len(PairDataset(make_pairs(Gaussian(), 40, tmp_path/'p', steps=1, shard=10, device='cpu'),
+                           check='hash')) == 40
 
 
 @pytest.mark.parametrize('seeds', ['5-3', 'all', [1,3], range(0), [-1,0]])
@@ -97,10 +102,13 @@ def test_settings_that_do_not_fit_the_folder_are_named(tmp_path):
     make_pairs(Gaussian(), 20, tmp_path/'p', steps=1, shard=10, device='cpu')
     for text,how in (('made with sampler.steps=1, asked for sampler.steps=6', dict(steps=6)),
                      ('made with noise=True, asked for noise=False', dict(steps=1, store_noise=False)),
-                     ('asked for sampler.precision=bf16', dict(steps=1, precision='bf16')), ("expected 'fp32' or 'fp16'", dict(image_dtype='int8')),
+                     ('asked for sampler.precision=bf16', dict(steps=1, precision='bf16')),
+                     ("expected 'fp32' or 'fp16'", dict(image_dtype='int8')),
                      ('batch=0', dict(batch=0))):
-        with pytest.raises(ValueError, match=text): make_pairs(Gaussian(), 20, tmp_path/'p', shard=10, device='cpu', **how)
-    with pytest.raises(ValueError, match='would leave a hole'): make_pairs(Gaussian(), range(50,60), tmp_path/'p', steps=1, shard=10)
+        with pytest.raises(ValueError, match=text): make_pairs(Gaussian(), 20, tmp_path/'p', shard=10, device='cpu',
+                                                               **how)
+    with pytest.raises(ValueError, match='would leave a hole'): make_pairs(Gaussian(), range(50,60), tmp_path/'p',
+                                                                           steps=1, shard=10)
 
 
 def test_pairs_on_demand_keep_precisions_apart(tmp_path, monkeypatch):

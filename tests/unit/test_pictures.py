@@ -1,5 +1,7 @@
 """Images from every kind of source: what comes out is what was put in, whatever its form, mode and size."""
-import io, json, zipfile
+import io
+import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ditnano.images import contact_sheet, decode_picture, load_images
+from ditnano.images import decode_picture, load_images
 from ditnano.interop.pictures import held_out
 
 PHOTOS = load_sample_images().images
@@ -65,7 +67,8 @@ def test_data_sets_of_hugging_face(tmp_path, monkeypatch):
     datasets = pytest.importorskip('datasets')
     folder = fill(tmp_path/'photos')
     names = sorted(folder.rglob('*.png'))
-    columns = {'picture':[{'bytes':p.read_bytes(), 'path':None} for p in names], 'kind':[0 if p.parent.name == 'cat' else 1 for p in names]}
+    columns = {'picture':[{'bytes':p.read_bytes(), 'path':None} for p in names],
+               'kind':[0 if p.parent.name == 'cat' else 1 for p in names]}
     kinds = datasets.Features({'picture':datasets.Image(), 'kind':datasets.ClassLabel(names=['cat','dog'])})
     data = datasets.Dataset.from_dict(columns, features=kinds)
     data.save_to_disk(tmp_path/'saved')
@@ -74,7 +77,8 @@ def test_data_sets_of_hugging_face(tmp_path, monkeypatch):
     want = both(folder)
     for source in ('saved','one.parquet','parts'): assert both(tmp_path/source) == want
     assert len(load_images(tmp_path/'parts', 'test')) == 3
-    two = datasets.Dataset.from_dict({'a':columns['picture'], 'b':columns['picture']}, features=datasets.Features({'a':datasets.Image(), 'b':datasets.Image()}))
+    two = datasets.Dataset.from_dict({'a':columns['picture'], 'b':columns['picture']},
+                                     features=datasets.Features({'a':datasets.Image(), 'b':datasets.Image()}))
     two.save_to_disk(tmp_path/'two')
     with pytest.raises(ValueError, match='columns a, b; expected one of pictures'): load_images(tmp_path/'two')
 
@@ -110,7 +114,8 @@ def test_every_mode_of_pillow_becomes_eight_bits():
     assert np.array_equal(decode_picture('x', as_file(deep))[1], grey)                # 16 bits, not white
     assert np.array_equal(decode_picture('x', as_file(deep, 'tiff'))[1], grey)
     assert close(as_file(rgb.quantize(256)), within=6) and close(as_file(rgb.convert('CMYK'), 'tiff'), within=6)
-    assert close(as_file(rgb, 'jpeg', quality=95)) and close(as_file(rgb, 'bmp'), within=0) and close(as_file(rgb, 'webp', lossless=True), within=0)
+    assert close(as_file(rgb, 'jpeg', quality=95)) and close(as_file(rgb, 'bmp'),
+                                                             within=0) and close(as_file(rgb, 'webp', lossless=True), within=0)
     clear = rgb.convert('RGBA')
     clear.putalpha(0)
     assert (decode_picture('x', as_file(clear)) == 255).all()                         # nothing but white
@@ -141,7 +146,6 @@ def test_flat_folder_grey_and_sizes(tmp_path):
     data = load_images(folder, size=16, channels=1)
     assert data.images.shape[1:] == (1,16,16) and data.classes == ('flat',) and data.name == 'flat@16-grey'
     assert load_images(folder).images.shape[1:] == (3,20,20) and data.hash != load_images(folder, size=16).hash
-    assert contact_sheet(data.images[:4], columns=4).size == (16*4+3, 16)
     digits = load_images('digits32', channels=1)
     assert digits.images.shape[1] == 1 and torch.equal(digits.images[:,0], load_images('digits32').images[:,0])
 
@@ -173,4 +177,5 @@ def test_a_flipped_bit_in_the_cache_is_noticed(tmp_path):
     data = bytearray(file.read_bytes())
     data[-10] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ValueError, match='damaged cache .its content is not that of its hash.; delete it'): load_images(folder)
+    with pytest.raises(ValueError, match='damaged cache .its content is not that of its hash.; delete it'):
+        load_images(folder)
