@@ -336,7 +336,7 @@ def _training_loss(model):
 # %% ../nbs/50_cli.ipynb #d9691b90
 def export(
     weights:str='nano-digits',   # Shipped student, or a folder
-    format:Literal['onnx','openvino','c']='onnx', # Of the file; c is a folder of source
+    format:Literal['onnx','openvino','c','web']='onnx', # Of the file; c is a folder of source, web a page
     precision:Literal['fp32','fp16','int8']='fp32', # Of the numbers in the file
     guidance:float=1.5,          # Written into the graph; 1 is off
     batch:int|None=None,    # Images at once; default open
@@ -357,10 +357,13 @@ def export(
     Example: ditnano export --bundle device/
 
     Example: ditnano export --format c --target aarch64-linux --out student_c
+
+    Example: ditnano export --format web --out site
     """
     from ditnano.deploy.export import bundle as write_bundle
     from ditnano.deploy.export import quality as compare_quality
     from ditnano.deploy.export import to_c, to_onnx, to_openvino
+    from ditnano.deploy.web import to_web
     from ditnano.dit import DiT
     model, name = DiT.from_pretrained(weights), Path(weights).name
     if bundle:
@@ -370,6 +373,9 @@ def export(
         out = out or Path(f'{name}_c')
         card = to_c(model, out, precision, guidance, array, [t for t in target.split(',') if t])
         return print('\n'.join([f'{out}: make, then ./student --help', *card['programs'].values()]))
+    if format=='web':
+        made = to_web(model, out or 'site', name, guidance)
+        return print(f"{Path(out or 'site')/made['file']}: {made['bytes']:,} bytes; open it in a browser")
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
     if format=='onnx': made = to_onnx(model, out, precision, guidance, batch, opset)
     else: made = to_openvino(model, out, precision, guidance, batch)
