@@ -6,7 +6,7 @@
 __all__ = ['Count', 'Design', 'Seeds', 'Minutes', 'Backend', 'RECIPE_OPTIONS', 'RecipeOptions', 'TRAIN_DEFAULTS', 'EXECUTORS',
            'MEASURED_HERE', 'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'parse_seeds', 'UsageError',
            'design', 'doctor', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options', 'GETModelOptions',
-           'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'with_help', 'main']
+           'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease', 'with_help', 'main']
 
 # %% ../nbs/50_cli.ipynb #4d23268f
 import contextlib
@@ -354,7 +354,7 @@ def _training_loss(model):
 # %% ../nbs/50_cli.ipynb #d9691b90
 def export(
     weights:str='nano-digits',   # Shipped student, or a folder
-    format:Literal['onnx','openvino','c']='onnx', # Of the file; c is a folder of source
+    format:Literal['onnx','openvino','c','web']='onnx', # Of the file; c is a folder of source, web a page
     precision:Literal['fp32','fp16','int8']='fp32', # Of the numbers in the file
     guidance:float=1.5,          # Written into the graph; 1 is off
     batch:int|None=None,    # Images at once; default open
@@ -378,10 +378,13 @@ def export(
     Example: ditnano export --bundle device/
 
     Example: ditnano export --format c --target aarch64-linux --out student_c
+
+    Example: ditnano export --format web --out site
     """
     from ditnano.deploy.export import bundle as write_bundle
     from ditnano.deploy.export import quality as compare_quality
     from ditnano.deploy.export import to_c, to_onnx, to_openvino
+    from ditnano.deploy.web import to_web
     from ditnano.dit import DiT
     from ditnano.images import load_images
     model, name = DiT.from_pretrained(weights), Path(weights).name
@@ -392,6 +395,9 @@ def export(
         out = out or Path(f'{name}_c')
         card = to_c(model, out, precision, guidance, array, [t for t in target.split(',') if t])
         return print('\n'.join([f'{out}: make, then ./student --help', *card['programs'].values()]))
+    if format=='web':
+        made = to_web(model, out or 'site', name, guidance)
+        return print(f"{Path(out or 'site')/made['file']}: {made['bytes']:,} bytes; open it in a browser")
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
     if format=='onnx': made = to_onnx(model, out, precision, guidance, batch, opset)
     else: made = to_openvino(model, out, precision, guidance, batch)
@@ -586,8 +592,39 @@ def _dry_run(scale, root, device, out):
     print(f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
     print('\n'.join(f'missing: {line}' for line in lacks) or 'nothing is missing')
 
+# %% ../nbs/50_cli.ipynb #3363f3ad
+def lease(
+    out:Path|None=None,      # Folder of the packs that come back
+    minutes:float=9,         # Time for all of it
+    scale:str='lease',       # Scale, or path of its YAML file
+    take:Path|None=None,     # Folder of packs: bring them home or, with --out, begin where they ended
+    device:str='auto',       # Where: auto, cpu, cuda or mps
+    pack_size:str='16MB',    # Largest pack
+    packs:int=8,             # Most packs
+    runs:Path|None=None,     # Folder of runs for --take; default runs/ in the repository
+    weights:Path|None=None,  # Folder of weights for --take; default inside the package
+    evidence:Path|None=None, # Folder of records for --take; default paper_figures/evidence
+    dry_run:bool=False,      # Print the plan, minute by minute, by assumed rates; run nothing
+):
+    """Turn minutes on a GPU into records, or bring their packs home.
+
+    Example: ditnano lease --minutes 9 --out packs/
+
+    Example: ditnano lease --take packs/
+    """
+    from ditnano.lab.evidence import evidence_folders
+    from ditnano.lab.lease import describe_lease, lease, parse_size, plan_lease, take_home
+    s = load_scale(scale)
+    done = [evidence] if evidence else evidence_folders(out or '')
+    if dry_run: return print(describe_lease(plan_lease(s, minutes, roots=done)))
+    if take and not out: return print(take_home(s, take, runs or runs_dir(), weights, evidence))
+    if not out: raise ValueError("out: none; expected --out, a folder for the packs, or --take")
+    lease(s, _minutes_left(minutes, minutes), out, take, device, parse_size(pack_size), packs, done)
+    print(f"bring it home: ditnano lease --take {out}")
+
 # %% ../nbs/50_cli.ipynb #e9d3408a
-COMMANDS = {f.__name__:f for f in (design, pairs, train, sample, eval, bench, export, sweep, paper, build, doctor)}
+COMMANDS = {f.__name__:f for f in
+            (design, pairs, train, sample, eval, bench, export, sweep, lease, paper, build, doctor)}
 ABOUT = 'Design, distill, measure and ship tiny one-step diffusion transformers. `--version` prints the version.'
 OPTIONS = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes,
            tyro.conf.DisallowNone)
