@@ -6,7 +6,7 @@
 __all__ = ['Count', 'Design', 'Seeds', 'Minutes', 'Backend', 'RECIPE_OPTIONS', 'RecipeOptions', 'TRAIN_DEFAULTS', 'MEASURED_HERE',
            'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'parse_seeds', 'UsageError', 'design',
            'doctor', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options', 'GETModelOptions', 'train',
-           'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'with_help', 'main']
+           'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease', 'with_help', 'main']
 
 # %% ../nbs/50_cli.ipynb #4d23268f
 import contextlib
@@ -142,20 +142,29 @@ def pairs(
     precision:Literal['fp32','bf16']='fp32', # Of the teacher; bf16 is faster, and images differ a little
     device:str='auto',              # Where the teacher runs: auto, cpu, cuda or mps
     import_get:Path|None=None, # Import a folder of GET's published pairs (latent/ and image/) instead
+    check:bool=False,               # Check instead the pairs in --out: the hash of every file, every number
 ):
     """Generate noise-image pairs with a teacher, or import GET's published ones; both resume where they stopped.
 
     Example: ditnano pairs --teacher digits32 --seeds 0-999 --out pairs/
 
     Example: ditnano pairs --import-get GET/data --out pairs/
+
+    Example: ditnano pairs --check --out pairs/
     """
     from ditnano.interop.get_pairs import import_get_pairs
     from ditnano.pairs import PairDataset, make_pairs
+    if check: return print(f'{_check_pairs(PairDataset(out, check="hash"))}: undamaged')
     if import_get: made = import_get_pairs(import_get, out, image_dtype=image_dtype, log=print)
     else:
         made = make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device,
                           log=print, precision=precision)
     print(PairDataset(made))
+
+def _check_pairs(data):
+    "Every pair, read once: `batch` refuses what is not finite."
+    for k in range(0, len(data), 256): data.batch(range(k, min(k+256, len(data))))
+    return data
 
 # %% ../nbs/50_cli.ipynb #c1061362
 @dataclass(frozen=True)
@@ -303,7 +312,10 @@ def sample(
 # %% ../nbs/50_cli.ipynb #d81e662e
 def eval(
     weights:str='nano-digits',   # Shipped student, or a folder
-    data:str='digits32',         # Reference images: digits32 or cifar10
+    data:str='digits32',         # Reference images: digits32, cifar10, or a folder, archive or hf:OWNER/NAME
+    size:int|None=None,          # Their side in pixels; default as they are
+    channels:Literal[1,3]=3,     # Their channels; 1 is grey
+    skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
     extractors:str='digitsnet',  # Feature extractors, as in cifarnet,squeezenet; inception gives FID and IS
     samples:int=1000,            # Images compared; 50000 is usual for an FID
     guidance:float=1.5,          # Classifier-free guidance; 1 is off
@@ -318,7 +330,8 @@ def eval(
     from ditnano.lab.experiments import EVAL_SEED
     from ditnano.metrics import SMALL_SET, card, compare_small_sets, evaluate, metric_label, reference_set
     from ditnano.sampling import sample, sample_labels
-    model, reference, names = load_model(weights), reference_set(data), extractors.split(',')
+    options = _image_options(size, channels, skip_damaged)
+    model, reference, names = load_model(weights), reference_set(data, **options), extractors.split(',')
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
     images, labels = sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg)
     numbers = evaluate(images, labels, reference, names, loss=loss, device=device)
@@ -329,6 +342,11 @@ def eval(
     made = card(samples, reference, names, loss, [seeds[0], seeds[-1]], guidance, device=device)
     if out: write_json(out, {'numbers':numbers, 'card':made})
 
+def _image_options(size, channels, skip_damaged):
+    "Options of `load_images` that differ from its own."
+    if (size, channels, skip_damaged)==(None, 3, False): return {}
+    return {'size':size, 'channels':channels, 'skip_damaged':skip_damaged, 'log':print}
+
 def _training_loss(model):
     known = model.card or {}
     loss = (known.get('config') or known.get('identity') or {}).get('loss')
@@ -337,7 +355,7 @@ def _training_loss(model):
 # %% ../nbs/50_cli.ipynb #d9691b90
 def export(
     weights:str='nano-digits',   # Shipped student, or a folder
-    format:Literal['onnx','openvino','c']='onnx', # Of the file; c is a folder of source
+    format:Literal['onnx','openvino','c','web']='onnx', # Of the file; c is a folder of source, web a page
     precision:Literal['fp32','fp16','int8']='fp32', # Of the numbers in the file
     guidance:float=1.5,          # Written into the graph; 1 is off
     batch:int|None=None,    # Images at once; default open
@@ -349,7 +367,10 @@ def export(
     array:bool=False,            # For c: also the weights as a C array
     quality:int=0,               # Compare so many images of the file and of the student with real ones
     extractor:str='digitsnet',   # By this feature extractor
-    data:str='digits32',         # With these images
+    data:str='digits32',         # With these images: digits32, cifar10, or a folder, archive or hf:OWNER/NAME
+    size:int|None=None,          # Their side in pixels; default as they are
+    channels:Literal[1,3]=3,     # Their channels; 1 is grey
+    skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
 ):
     """Write a student for other runtimes, compared with the student at once.
 
@@ -358,11 +379,15 @@ def export(
     Example: ditnano export --bundle device/
 
     Example: ditnano export --format c --target aarch64-linux --out student_c
+
+    Example: ditnano export --format web --out site
     """
     from ditnano.deploy.export import bundle as write_bundle
     from ditnano.deploy.export import quality as compare_quality
     from ditnano.deploy.export import to_c, to_onnx, to_openvino
+    from ditnano.deploy.web import to_web
     from ditnano.dit import DiT
+    from ditnano.images import load_images
     model, name = DiT.from_pretrained(weights), Path(weights).name
     if bundle:
         made = write_bundle(model, bundle, name, guidance, batch=batch, jetpack5=jetpack5)
@@ -371,11 +396,16 @@ def export(
         out = out or Path(f'{name}_c')
         card = to_c(model, out, precision, guidance, array, [t for t in target.split(',') if t])
         return print('\n'.join([f'{out}: make, then ./student --help', *card['programs'].values()]))
+    if format=='web':
+        made = to_web(model, out or 'site', name, guidance)
+        return print(f"{Path(out or 'site')/made['file']}: {made['bytes']:,} bytes; open it in a browser")
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
     if format=='onnx': made = to_onnx(model, out, precision, guidance, batch, opset)
     else: made = to_openvino(model, out, precision, guidance, batch)
     print(f"{out}: {made['bytes']:,} bytes")
-    if quality: _print_quality(compare_quality(model, out, extractor, quality, data))
+    if quality:
+        images = load_images(data, **_image_options(size, channels, skip_damaged))
+        _print_quality(compare_quality(model, out, extractor, quality, images))
 
 def _print_quality(q):
     for k in q['file']:
@@ -561,8 +591,39 @@ def _dry_run(scale, root, device, out):
     print(f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
     print('\n'.join(f'missing: {line}' for line in lacks) or 'nothing is missing')
 
+# %% ../nbs/50_cli.ipynb #3363f3ad
+def lease(
+    out:Path|None=None,      # Folder of the packs that come back
+    minutes:float=9,         # Time for all of it
+    scale:str='lease',       # Scale, or path of its YAML file
+    take:Path|None=None,     # Folder of packs: bring them home or, with --out, begin where they ended
+    device:str='auto',       # Where: auto, cpu, cuda or mps
+    pack_size:str='16MB',    # Largest pack
+    packs:int=8,             # Most packs
+    runs:Path|None=None,     # Folder of runs for --take; default runs/ in the repository
+    weights:Path|None=None,  # Folder of weights for --take; default inside the package
+    evidence:Path|None=None, # Folder of records for --take; default paper_figures/evidence
+    dry_run:bool=False,      # Print the plan, minute by minute, by assumed rates; run nothing
+):
+    """Turn minutes on a GPU into records, or bring their packs home.
+
+    Example: ditnano lease --minutes 9 --out packs/
+
+    Example: ditnano lease --take packs/
+    """
+    from ditnano.lab.evidence import evidence_folders
+    from ditnano.lab.lease import describe_lease, lease, parse_size, plan_lease, take_home
+    s = load_scale(scale)
+    done = [evidence] if evidence else evidence_folders(out or '')
+    if dry_run: return print(describe_lease(plan_lease(s, minutes, roots=done)))
+    if take and not out: return print(take_home(s, take, runs or runs_dir(), weights, evidence))
+    if not out: raise ValueError("out: none; expected --out, a folder for the packs, or --take")
+    lease(s, _minutes_left(minutes, minutes), out, take, device, parse_size(pack_size), packs, done)
+    print(f"bring it home: ditnano lease --take {out}")
+
 # %% ../nbs/50_cli.ipynb #e9d3408a
-COMMANDS = {f.__name__:f for f in (design, pairs, train, sample, eval, bench, export, sweep, paper, build, doctor)}
+COMMANDS = {f.__name__:f for f in
+            (design, pairs, train, sample, eval, bench, export, sweep, lease, paper, build, doctor)}
 ABOUT = 'Design, distill, measure and ship tiny one-step diffusion transformers. `--version` prints the version.'
 OPTIONS = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes,
            tyro.conf.DisallowNone)

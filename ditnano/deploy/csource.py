@@ -203,6 +203,14 @@ class CStudent:
         pixels = np.empty((*shape[1:],shape[0]), np.uint8)
         return self._draw(self.c.student_draw, seed, label, guidance, pixels).transpose(2,0,1)
 
+    def pixels_of(self, noise:np.ndarray, label:int, guidance:float=1.5)->np.ndarray:
+        "An image (C, R, R) uint8 of given noise (C, R, R) float32."
+        noise,pixels = np.ascontiguousarray(noise, np.float32),np.empty((*noise.shape[1:],len(noise)), np.uint8)
+        values = ctypes.c_int(label),ctypes.c_float(guidance)
+        start,to = (a.ctypes.data_as(ctypes.c_void_p) for a in (noise, pixels))
+        self._check(self.c.student_draw_noise(self.context, start, *values, to))
+        return pixels.transpose(2,0,1)
+
 # %% ../../nbs/deploy/06_csource.ipynb #aed7af82
 def read_picture(
     path:"Path|str", # .ppm or .pgm from `student`

@@ -37,22 +37,24 @@ def _broadcast(value, device):
     from ditnano.train import broadcast_from_rank0
     return broadcast_from_rank0(value, device)
 
-def _ensure_pairs(name, count, steps, device, deadline):
+def _ensure_pairs(name, count, steps, device, deadline, precision='fp32'):
     "The folder of the pairs, made now if need be; rank 0 decides whether there was time."
     from ditnano.pairs import ensure_pairs
     folder, message = None, None
     def look(line):
         if time.monotonic()>=deadline: raise TimeLimitReached(f'still without its pairs ({line})')
-    try: folder = ensure_pairs(name, count, steps, device=device, log=look)
+    try: folder = ensure_pairs(name, count, steps, device=device, log=look, precision=precision)
     except TimeLimitReached as e: message = str(e)
     if message := _broadcast(message, device): raise TimeLimitReached(message)
-    return folder or ensure_pairs(name, count, steps, device=device)
+    return folder or ensure_pairs(name, count, steps, device=device, precision=precision)
 
 # %% ../../nbs/lab/02_execute.ipynb #f3d4e301
 def _pairs(config, device, deadline):
     from ditnano.pairs import PairDataset
     count, teacher = config['pairs']['seeds'][1], config['teacher']
-    pairs = PairDataset(_ensure_pairs(teacher['name'], count, config['pairs']['steps'], device, deadline), limit=count)
+    steps, precision = config['pairs']['steps'], config['pairs'].get('precision', 'fp32')
+    folder = _ensure_pairs(teacher['name'], count, steps, device, deadline, precision)
+    pairs = PairDataset(folder, limit=count)
     if pairs.recipe['teacher']['sha256']!=teacher['sha256']:
         raise ValueError(f"pairs of another teacher than {teacher['name']!r}; expected {teacher['sha256'][:12]}")
     return pairs

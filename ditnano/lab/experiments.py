@@ -68,6 +68,11 @@ def _eval_config(scale, guidance):
     return {'samples':scale.samples, 'guidance':float(guidance), 'judges':list(scale.judges),
             'seed':EVAL_SEED} | {k:v for k,v in more.items() if v!=usual[k]}
 
+def _pairs_config(scale):
+    "How the pairs are made; a precision stands there only where it is not fp32."
+    precision = {} if scale.pairs_precision=='fp32' else {'precision':scale.pairs_precision}
+    return {'seeds':[0,scale.pairs], 'steps':scale.teacher_steps} | precision
+
 def distill_config(
     scale:Scale,         # How much of everything
     design,              # (depth, width, heads), a DiTConfig, or a GETConfig
@@ -85,7 +90,7 @@ def distill_config(
     train = train_config(scale, seed, images=images or scale.images, clip=CLIP_NORM.get(recipe, 0.0))
     return {'recipe':recipe, 'options':_options(recipe, options or {}), 'student':student.to_dict(),
             'train':train.to_dict(), 'loss':_loss(loss or scale.loss),
-            'data':data, 'teacher':teacher, 'pairs':{'seeds':[0,scale.pairs], 'steps':scale.teacher_steps},
+            'data':data, 'teacher':teacher, 'pairs':_pairs_config(scale),
             'eval':_eval_config(scale, guidance)}
 
 # %% ../../nbs/lab/01_experiments.ipynb #b88dc76d
