@@ -11,6 +11,7 @@ __all__ = ['TEACHER_SHARE', 'MAX_TEACHER_SHARE', 'MIN_TEACHER_PART', 'SAFETY', '
            'parse_size', 'check_requirements', 'lease', 'plan_lease', 'take_home']
 
 # %% ../../nbs/lab/13_lease.ipynb #50965656
+import gc
 import hashlib
 import io
 import json
@@ -420,11 +421,13 @@ def preflight(
     scale:Scale,         # Whose loss, batch and precision
     device:torch.device, # Where
     design=(5,64,8),     # The timed student
-    warmup:int=12,       # Steps before the comparison; recording begins after ten
-    more:int=20,         # Timed steps
+    warmup:int=None,     # Steps before the comparison; default 12 on a GPU, where recording begins after ten, else 2
+    more:int=None,       # Timed steps; default 20 on a GPU, else 3
 )->tuple: # Metrics, numbers only; findings, JSON-able
     "What this machine does with the kernels that matter here."
-    kernels = attention_kernels(device, batch=64 if device.type=='cuda' else 2)
+    gpu = device.type=='cuda'
+    warmup, more = warmup or (12 if gpu else 2), more or (20 if gpu else 3)
+    kernels = attention_kernels(device, batch=64 if gpu else 2)
     loss, moments, rate, recorded = _some_steps(scale, device, True, warmup, more, design)
     plain, plain_moments, _, _ = _some_steps(scale, device, False, warmup, 0, design)
     gap = (moments-plain_moments).norm()/plain_moments.norm().clamp(min=1e-12)
@@ -621,7 +624,10 @@ class LeaseWork(PairsWork):
         return record
 
     def distill(self, config:dict, minutes:float)->dict:
-        "Train and evaluate."
+        "Train and evaluate; what the run before compiled and held on a GPU is let go."
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.compiler.reset()   # one compiled code serves only a few designs
         return distill_run(config, self.runs, self.scale.name, self.device, minutes=minutes, require_weights=True)
 
 # %% ../../nbs/lab/13_lease.ipynb #c317f3d5
@@ -745,10 +751,14 @@ def plan_lease(
     scale:Scale,     # What would be computed
     minutes:float,   # For all of it
     speed:float=1.,  # Of the machine; 1 is an H100 by our estimate
+    roots=(),        # Folders of records that count as done
 )->list: # From `run_lease`
-    "A lease by assumed rates: nothing is computed."
-    clock = SimulatedClock()
-    return run_lease(AssumedWork(scale, clock, speed=speed), minutes, clock, log=lambda line: None)
+    "A lease by assumed rates: nothing is computed. With a teacher here, runs that have a record are left out."
+    clock, teacher = SimulatedClock(), True
+    try: load_teacher(scale.teacher)
+    except FileNotFoundError: teacher = False
+    work = AssumedWork(scale, clock, teacher, roots, speed)
+    return run_lease(work, minutes, clock, log=lambda line: None)
 
 def take_home(
     scale:Scale,   # Of the lease

@@ -239,6 +239,17 @@ def test_real_lease_on_digits(tmp_path):
     assert [r['what'] for r in again][-1] == 'rates'
 
 
+@pytest.mark.slow
+def test_real_teacher_is_trained_packed_and_used(tmp_path):
+    work = LeaseWork(TINY, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet)
+    work.make_teacher(64, 600)
+    assert take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights')[0] == ['digits32']
+    trained = load_teacher('digits32')
+    assert trained.hash == load_teacher(tmp_path/'weights'/'teacher-digits32').hash
+    assert trained.card['train']['images'] == 64 and trained.card['train']['anneal']
+    assert work.has_teacher() and load_teacher('digits32').hash == trained.hash
+
+
 def test_missing_packages_are_named_first(tmp_path):
     strange = Scale(name='smoke', data='nosuch', experiments=NOTHING | {'sizes': {'designs': []}})
     with pytest.raises(ValueError, match='images nosuch.*before a lease begins'):
