@@ -141,20 +141,29 @@ def pairs(
     precision:Literal['fp32','bf16']='fp32', # Of the teacher; bf16 is faster, and images differ a little
     device:str='auto',              # Where the teacher runs: auto, cpu, cuda or mps
     import_get:Path|None=None, # Import a folder of GET's published pairs (latent/ and image/) instead
+    check:bool=False,               # Check instead the pairs in --out: the hash of every file, every number
 ):
     """Generate noise-image pairs with a teacher, or import GET's published ones; both resume where they stopped.
 
     Example: ditnano pairs --teacher digits32 --seeds 0-999 --out pairs/
 
     Example: ditnano pairs --import-get GET/data --out pairs/
+
+    Example: ditnano pairs --check --out pairs/
     """
     from ditnano.interop.get_pairs import import_get_pairs
     from ditnano.pairs import PairDataset, make_pairs
+    if check: return print(f'{_check_pairs(PairDataset(out, check="hash"))}: undamaged')
     if import_get: made = import_get_pairs(import_get, out, image_dtype=image_dtype, log=print)
     else:
         made = make_pairs(teacher, seeds, out, steps, image_dtype=image_dtype, store_noise=store_noise, device=device,
                           log=print, precision=precision)
     print(PairDataset(made))
+
+def _check_pairs(data):
+    "Every pair, read once: `batch` refuses what is not finite."
+    for k in range(0, len(data), 256): data.batch(range(k, min(k+256, len(data))))
+    return data
 
 # %% ../nbs/50_cli.ipynb #c1061362
 @dataclass(frozen=True)
@@ -302,7 +311,10 @@ def sample(
 # %% ../nbs/50_cli.ipynb #d81e662e
 def eval(
     weights:str='nano-digits',   # Shipped student, or a folder
-    data:str='digits32',         # Reference images: digits32 or cifar10
+    data:str='digits32',         # Reference images: digits32, cifar10, or a folder, archive or hf:OWNER/NAME
+    size:int|None=None,          # Their side in pixels; default as they are
+    channels:Literal[1,3]=3,     # Their channels; 1 is grey
+    skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
     extractors:str='digitsnet',  # Feature extractors, as in cifarnet,squeezenet; inception gives FID and IS
     samples:int=1000,            # Images compared; 50000 is usual for an FID
     guidance:float=1.5,          # Classifier-free guidance; 1 is off
@@ -317,7 +329,8 @@ def eval(
     from ditnano.lab.experiments import EVAL_SEED
     from ditnano.metrics import SMALL_SET, card, compare_small_sets, evaluate, metric_label, reference_set
     from ditnano.sampling import sample, sample_labels
-    model, reference, names = load_model(weights), reference_set(data), extractors.split(',')
+    options = _image_options(size, channels, skip_damaged)
+    model, reference, names = load_model(weights), reference_set(data, **options), extractors.split(',')
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
     images, labels = sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg)
     numbers = evaluate(images, labels, reference, names, loss=loss, device=device)
@@ -327,6 +340,11 @@ def eval(
         print(', '.join(f'{k}: {v:.4g}' for k, v in compare_small_sets(images, reference, name).items()))
     made = card(samples, reference, names, loss, [seeds[0], seeds[-1]], guidance, device=device)
     if out: write_json(out, {'numbers':numbers, 'card':made})
+
+def _image_options(size, channels, skip_damaged):
+    "Options of `load_images` that differ from its own."
+    if (size, channels, skip_damaged)==(None, 3, False): return {}
+    return {'size':size, 'channels':channels, 'skip_damaged':skip_damaged, 'log':print}
 
 def _training_loss(model):
     known = model.card or {}
@@ -348,7 +366,10 @@ def export(
     array:bool=False,            # For c: also the weights as a C array
     quality:int=0,               # Compare so many images of the file and of the student with real ones
     extractor:str='digitsnet',   # By this feature extractor
-    data:str='digits32',         # With these images
+    data:str='digits32',         # With these images: digits32, cifar10, or a folder, archive or hf:OWNER/NAME
+    size:int|None=None,          # Their side in pixels; default as they are
+    channels:Literal[1,3]=3,     # Their channels; 1 is grey
+    skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
 ):
     """Write a student for other runtimes, compared with the student at once.
 
@@ -365,6 +386,7 @@ def export(
     from ditnano.deploy.export import to_c, to_onnx, to_openvino
     from ditnano.deploy.web import to_web
     from ditnano.dit import DiT
+    from ditnano.images import load_images
     model, name = DiT.from_pretrained(weights), Path(weights).name
     if bundle:
         made = write_bundle(model, bundle, name, guidance, batch=batch, jetpack5=jetpack5)
@@ -380,7 +402,9 @@ def export(
     if format=='onnx': made = to_onnx(model, out, precision, guidance, batch, opset)
     else: made = to_openvino(model, out, precision, guidance, batch)
     print(f"{out}: {made['bytes']:,} bytes")
-    if quality: _print_quality(compare_quality(model, out, extractor, quality, data))
+    if quality:
+        images = load_images(data, **_image_options(size, channels, skip_damaged))
+        _print_quality(compare_quality(model, out, extractor, quality, images))
 
 def _print_quality(q):
     for k in q['file']:

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -181,9 +182,9 @@ def to_onnx(
     path:str|os.PathLike,  # Where; ends in .onnx
     precision:str='fp32',  # 'fp32', 'fp16' (norms, softmax and modulation in float32) or 'int8' (Q/DQ)
     guidance:float=1.5,    # Inside the graph; 1 is off, one pass
-    batch:int=None,        # Images at once; None leaves it open
+    batch:int|None=None,   # Images at once; None leaves it open
     opset:int=17,          # ONNX operator set; 16 or less is for JetPack 5
-    calibration=64,        # For int8: number of images from seeds, or the seeds themselves
+    calibration:int|Sequence[int]=64, # For int8: number of images from seeds, or the seeds themselves
 )->dict: # The file's card, with `file`, `bytes`, `sha256`
     "Write a student as ONNX: `noise` (N, C, R, R) float32 and `labels` (N,) int64 in, `images` float32 out."
     _require('onnx')
@@ -207,7 +208,7 @@ def to_openvino(
     path:str|os.PathLike,  # Where; ends in .xml, and .bin appears beside it
     precision:str='fp32',  # 'fp32', or 'fp16' for weights stored as float16
     guidance:float=1.5,    # Inside the graph
-    batch:int=None,        # Images at once; None leaves it open
+    batch:int|None=None,   # Images at once; None leaves it open
 )->dict: # The file's card, with `file`, `bytes`
     "Write a student as OpenVINO's intermediate representation."
     _require('onnx', 'openvino')
@@ -366,10 +367,10 @@ def bundle(
     folder:str|os.PathLike, # Where; a bundle that is there is replaced
     name:str='student',    # What it is called in tables
     guidance:float=1.5,    # Inside the graphs; 1 is off, one pass
-    precisions:tuple=PRECISIONS, # Which graphs
-    batch:int=None,        # Images at once; None leaves it open
+    precisions:Sequence[str]=PRECISIONS, # Which graphs
+    batch:int|None=None,   # Images at once; None leaves it open
     jetpack5:bool=False,   # Also graphs without LayerNormalization, for TensorRT 8.5
-    calibration=64,        # For int8, as for `to_onnx`
+    calibration:int|Sequence[int]=64, # For int8, as for `to_onnx`
     images:int=8,          # Inputs with expected outputs
 )->dict: # The card
     "One folder to copy to a device, where `python run.py` checks and times it."

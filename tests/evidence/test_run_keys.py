@@ -1,4 +1,4 @@
-"The configurations of the committed scales hash to the keys that their records have; a changed default would orphan finished runs."
+"The configurations of the committed scales hash to the keys of their records: no default has changed."
 import hashlib
 
 import pytest

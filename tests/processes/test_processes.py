@@ -76,23 +76,25 @@ def test_two_processes_stop_together(tmp_path):
 
 
 RUN = textwrap.dedent('''
+    import contextlib
     import sys
     import torch
-    from pathlib import Path
-    from ditnano.lab import sweep
+    from ditnano import sampling
     from ditnano.config import Scale
+    from ditnano.lab import execute
     from ditnano.lab.experiments import distill_config
-    from ditnano.lab.runs import Run
     torch.set_num_threads(1)
     tiny = Scale(name='tiny', pairs=32, images=16*40, batch=16, lr=1e-2, samples=24, blocks=2,
                  references=('train','test'), loss='L2', precision='fp32')
     config, root, only = distill_config(tiny, (2,32,4)), sys.argv[1], sys.argv[2]=='train'
-    sweep.SHARD_SIZE = 10                                  # three parts a block, so that both processes have some
-    run = Run(root, 'distill', config)
-    if only: sweep._student(config, run.folder, root, 'tiny', 'cpu', None, float('inf'))
+    execute.SHARD_SIZE = 10                                # three parts a block, so that both processes have some
+    def stop(*args, **kwargs): raise InterruptedError('trained, and not one image drawn')
+    if only:
+        sampling.sample = stop
+        with contextlib.suppress(InterruptedError): execute.distill_run(config, root, 'tiny', 'cpu')
     else:
-        record = sweep.distill_run(config, root, 'tiny', 'cpu')
-        again = sweep.distill_run(config, root, 'tiny', 'cpu', minutes=0)
+        record = execute.distill_run(config, root, 'tiny', 'cpu')
+        again = execute.distill_run(config, root, 'tiny', 'cpu', minutes=0)
         assert record == again                             # found, at no cost, by every process
 ''')
 
