@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ditnano.cli import export
 from ditnano.config import DiTConfig
 from ditnano.deploy.folding import OneStep
 from ditnano.deploy.native import ZIG, compiler
@@ -141,6 +142,7 @@ def test_times_have_percentiles(browser, small):
         v.page.locator('#measured', has_text='after warm-up').wait_for()
         texts = 'rows => rows.map(r => [...r.cells].map(c => c.textContent))'
         rows = v.page.eval_on_selector_all('#times tbody tr', texts)
+        assert v.page.inner_text('#measured').endswith(', with fused multiply-add.')
         assert [r[:2] for r in rows]==[['1.0','1'],['1.5','2']] and not v.messages
         for row in rows:
             median,p90,p99 = map(float, row[2:5])
@@ -176,6 +178,13 @@ def test_a_grey_student_without_guidance(browser, tmp_path):
 
 
 @needs_browser
+def test_without_fused_multiply_add(browser, small, tmp_path):
+    (tmp_path/'index.html').write_text(small.read_text().replace('WebAssembly.validate(relaxed)', 'false'))
+    with Visit(browser, tmp_path/'index.html') as v:
+        assert grey_levels(v.grid(), images(SMALL, range(20), [k%3 for k in range(20)]))<=1 and not v.messages
+
+
+@needs_browser
 def test_altered_weights_are_reported(browser, small, tmp_path):
     text = small.read_text()
     last = text.rindex("part('weights', '")+len("part('weights', '")
@@ -185,6 +194,13 @@ def test_altered_weights_are_reported(browser, small, tmp_path):
     page.goto((tmp_path/'index.html').as_uri())
     page.locator('#status', has_text='SHA-256').wait_for()
     page.close()
+
+
+def test_the_command_writes_a_page(tmp_path, capsys):
+    student(SMALL).save_pretrained(tmp_path/'mine')
+    export(str(tmp_path/'mine'), format='web', out=tmp_path/'site')
+    made = tmp_path/'site'/'index.html'
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f'{made}: ') and '<h1>mine</h1>' in made.read_text()
 
 
 def test_size_network_and_folders(tmp_path):

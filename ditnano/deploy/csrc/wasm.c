@@ -1,6 +1,7 @@
 /* A student for a web page: the functions that a WebAssembly module exports. No imports, no files.
  *
- *   const bytes = new Uint8Array(exports.memory.buffer, exports.weights(), exports.weights_bytes());
+ *   const at = exports.weights();                // first: it makes the memory larger
+ *   const bytes = new Uint8Array(exports.memory.buffer, at, exports.weights_bytes());
  *   bytes.set(await file);                       // of student.bin
  *   if (exports.open()) ...                      // an error; text(exports.message(code)) says which
  *   exports.draw(seed, label, guidance);         // label -1 is drawn from the seed

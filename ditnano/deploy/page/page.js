@@ -4,7 +4,7 @@ const about = JSON.parse(find('about').textContent);
 const IMAGES = 20, PERIOD_MS = 8000;
 
 // Data arrive in parts, each in a script element of its own, so that the bar moves while the file loads.
-const parts = { wasm: [], weights: [] };
+const parts = { wasm: [], relaxed: [], weights: [] };
 let arrived = 0;
 function part(kind, text) {
   parts[kind].push(text);
@@ -75,7 +75,7 @@ const cells = Array.from({ length: IMAGES }, () => {
   return item;
 });
 
-let newest = 0;
+let newest = 0, fused = false;
 async function drawGrid() {
   const mine = ++newest, first = Number(find('seed').value), times = [];
   find('guidance-value').value = guidance().toFixed(1);
@@ -163,6 +163,7 @@ async function measure() {
   find('play').textContent = 'Play';
   find('measure').disabled = true;
   find('times').tBodies[0].replaceChildren();
+  const how = fused ? 'with' : 'without';
   let images = 0;
   for (const strength of new Set([1, guidance()])) {
     const times = await timesOf(strength, images);
@@ -170,7 +171,7 @@ async function measure() {
     timesRow(strength, times);
     find('times').hidden = false;
   }
-  find('measured').textContent = `${images} images after warm-up, on one core of this device.`;
+  find('measured').textContent = `${images} images after warm-up, on one core, ${how} fused multiply-add.`;
   find('measure').disabled = false;
 }
 
@@ -179,7 +180,8 @@ async function measure() {
 async function start() {
   try {
     find('status').textContent = 'Opening the model';
-    await ask('open', { wasm: decoded('wasm'), weights: decoded('weights') });
+    const data = { wasm: decoded('wasm'), relaxed: decoded('relaxed'), weights: decoded('weights') };
+    fused = (await ask('open', data)).fused;
     find('loading').hidden = true;
     find('label').value = 'each';
     for (const id of ['label', 'guidance', 'seed']) find(id).addEventListener('input', () => drawGrid().catch(fail));
