@@ -60,7 +60,8 @@ class DenoiseTask:
         images, labels = batch
         x = to_unit(images).to(memory_format=torch.channels_last)
         generator, randn = step.generator, step.randn
-        if step.world>1: generator, randn = torch.Generator().manual_seed(derive_seed(step.seed,'draw',step.index,step.rank)), None
+        if step.world>1:
+            generator, randn = torch.Generator().manual_seed(derive_seed(step.seed,'draw',step.index,step.rank)), None
         return edm_loss(model, x, F.one_hot(labels, len(self.data.classes)), generator, self.augment_p, randn=randn)
 
 # %% ../../nbs/lab/11_artefacts.ipynb #7ff8f41d
@@ -77,7 +78,8 @@ def random_shift(
     if mirror: x = torch.where(flip[:,None,None,None], x.flip(3), x)
     x, at = F.pad(x, (shift,)*4, mode='replicate'), torch.arange(r, device=x.device)
     rows, cols = (dy[:,None]+at)[:,None,:,None], (dx[:,None]+at)[:,None,None,:]
-    return x[torch.arange(n, device=x.device)[:,None,None,None], torch.arange(x.shape[1], device=x.device)[:,None,None], rows, cols]
+    return x[torch.arange(n, device=x.device)[:,None,None,None], torch.arange(x.shape[1], device=x.device)[:,None,
+        None], rows, cols]
 
 class ClassifyTask:
     "Train a classifier on an image set."
@@ -85,11 +87,13 @@ class ClassifyTask:
         torch.manual_seed(seed)
         self.model = Classifier(width, len(data.classes)).to(memory_format=torch.channels_last)
         self.data, self.n, self.shift, self.mirror, self.smoothing = data, len(data), shift, mirror, smoothing
-        self.identity = {'task':'classify', 'width':width, 'data':data.hash, 'shift':shift, 'mirror':mirror, 'smoothing':smoothing}
+        self.identity = {'task':'classify', 'width':width, 'data':data.hash, 'shift':shift, 'mirror':mirror,
+                         'smoothing':smoothing}
     def batch(self, idx): return self.data.images[idx], self.data.labels[idx]
     def loss(self, model, batch, step):
         images, labels = batch
-        x = random_shift(to_unit(images), step.generator, self.shift, self.mirror).contiguous(memory_format=torch.channels_last)
+        x = random_shift(to_unit(images), step.generator, self.shift,
+                         self.mirror).contiguous(memory_format=torch.channels_last)
         return F.cross_entropy(model(x).float(), labels, label_smoothing=self.smoothing)
 
 # %% ../../nbs/lab/11_artefacts.ipynb #98f84a45
@@ -101,7 +105,8 @@ def held_out_accuracy(
 )->float: # Share of right answers
     "Accuracy on held-out images."
     device = next(net.parameters()).device
-    right = sum((net(to_unit(data.images[i:i+batch].to(device))).argmax(1).cpu()==data.labels[i:i+batch]).sum().item() for i in range(0,len(data),batch))
+    right = sum((net(to_unit(data.images[i:i+batch].to(device))).argmax(1).cpu()==data.labels[i:i+batch]).sum().item()
+                for i in range(0,len(data),batch))
     return right/len(data)
 
 # %% ../../nbs/lab/11_artefacts.ipynb #07147977
@@ -114,15 +119,22 @@ class TrainingRecipe:
     options:dict=field(default_factory=dict) # Passed to the task
     compile:bool=False # Compile the network for training, where torch finds a compiler
 
-def _classifier_config(seed, images, lr): return TrainConfig(images=images, batch=128, lr=lr, weight_decay=0.05, warmup=images//10, anneal=True, ema=0.999, precision='bf16', seed=seed)
-def _denoiser_config(images, seed=0, **how): return TrainConfig(**(dict(images=images, batch=64, lr=2e-3, weight_decay=0.0, warmup=5_000, anneal=True, clip=1.0, seed=seed)|how))
+def _classifier_config(seed, images, lr):
+    return TrainConfig(images=images, batch=128, lr=lr, weight_decay=0.05, warmup=images//10, anneal=True, ema=0.999,
+                       precision='bf16', seed=seed)
+def _denoiser_config(images, seed=0, **how):
+    return TrainConfig(**(dict(images=images, batch=64, lr=2e-3, weight_decay=0.0, warmup=5_000, anneal=True, clip=1.0,
+                               seed=seed)|how))
 
 _digits, _cifar = dict(width=16, shift=3), dict(width=32, shift=3, mirror=True)
 TRAINING_RECIPES = {
     'teacher-digits32':      TrainingRecipe('denoise', 'digits32', _denoiser_config(150_000), dict(unet='small')),
     'teacher-cifar10-small': TrainingRecipe('denoise', 'cifar10', _denoiser_config(64_000), dict(unet='small')),
-    'teacher-cifar10-7m':    TrainingRecipe('denoise', 'cifar10', _denoiser_config(5_120_000, batch=512, lr=1e-3, warmup=200_000, precision='bf16'), dict(unet='7m')), # for a GPU
-    'teacher-cifar16':       TrainingRecipe('denoise', 'cifar10@16', _denoiser_config(2_048_000, batch=128, lr=3e-3, warmup=20_000, ema=0.999, precision='bf16'), dict(unet='cifar16'), compile=True),
+    # for a GPU
+    'teacher-cifar10-7m':    TrainingRecipe('denoise', 'cifar10', _denoiser_config(5_120_000, batch=512, lr=1e-3,
+    warmup=200_000, precision='bf16'), dict(unet='7m')),
+    'teacher-cifar16':       TrainingRecipe('denoise', 'cifar10@16', _denoiser_config(2_048_000, batch=128, lr=3e-3,
+    warmup=20_000, ema=0.999, precision='bf16'), dict(unet='cifar16'), compile=True),
     'digitsnet':  TrainingRecipe('classify', 'digits32', _classifier_config(0, 60_000, 2e-3), _digits),
     'digitslens': TrainingRecipe('classify', 'digits32', _classifier_config(1, 60_000, 2e-3), _digits),
     'cifarnet':   TrainingRecipe('classify', 'cifar10', _classifier_config(2, 560_000, 3e-3), _cifar),
@@ -154,7 +166,8 @@ def compile_network(
 # %% ../../nbs/lab/11_artefacts.ipynb #7bf3fa88
 def _card(recipe, data, state):
     where = fingerprint(next(state.model.parameters()).device)
-    return {'data':data.name, 'data_hash':data.hash, 'train':recipe.train.to_dict(), 'options':recipe.options, 'seconds':round(state.seconds),
+    return {'data':data.name, 'data_hash':data.hash, 'train':recipe.train.to_dict(), 'options':recipe.options,
+            'seconds':round(state.seconds),
             'device':where['device_name'], 'threads':where['threads'], 'torch':where['libraries']['torch']}
 
 def build_artifact(
@@ -167,16 +180,19 @@ def build_artifact(
     log=None,           # Called with each line of the history, e.g. `train.Progress(name)`
 ): # The folder made, or None when stopped early
     "Train and ship one row of `TRAINING_RECIPES`; resumes from its last checkpoint."
-    if name not in TRAINING_RECIPES: raise ValueError(f"shipped network {name!r}; expected one of {', '.join(TRAINING_RECIPES)}")
+    if name not in TRAINING_RECIPES:
+        raise ValueError(f"shipped network {name!r}; expected one of {', '.join(TRAINING_RECIPES)}")
     recipe, out = TRAINING_RECIPES[name], Path(out or weights_dir()/name)
     task = make_task(recipe)
-    run_folder = Path(run_folder or cache_dir()/'make'/f'{name}-{content_hash([task.identity, recipe.train.to_dict()])}')
+    run_folder = Path(run_folder
+                      or cache_dir()/'make'/f'{name}-{content_hash([task.identity, recipe.train.to_dict()])}')
     if recipe.compile: compile_network(task.model)
     state = fit(task, recipe.train, run_folder, device, stop_after=stop_after, callback=log, minutes=minutes)
     if state.step<recipe.train.steps or int(os.environ.get('RANK', 0)): return None
     net, card = state.ema_model(), _card(recipe, task.data, state)
     if recipe.kind=='denoise': save_teacher(net, out, card)
-    else: save_classifier(net, out, card | {'held_out_accuracy':held_out_accuracy(net, load_images(recipe.data,'test'))})
+    else:
+        save_classifier(net, out, card | {'held_out_accuracy':held_out_accuracy(net, load_images(recipe.data,'test'))})
     return out
 
 # %% ../../nbs/lab/11_artefacts.ipynb #78cb6c94
@@ -225,9 +241,12 @@ def best_of(
     "The finished run of a size with the smallest product of its judges' distances, among those whose weights are available."
     own = [c for c in configs if size_of(c['student'])==size]
     here = [c for c in own if _distance(c,root) is not None and (_weights(c,root)/'model.safetensors').is_file()]
-    if not here: raise FileNotFoundError(f"no finished run of {size} among {len(own)}; expected one with its weights: ditnano sweep sizes --scale gpu")
+    if not here:
+        raise FileNotFoundError(f"no finished run of {size} among {len(own)}; expected one with its weights: ditnano "
+                                f"sweep sizes --scale gpu")
     best = min(here, key=lambda c: _distance(c,root))
-    lost = [c for c in own for d in (_distance(c,root), _distance(c,figures_dir()/'evidence')) if d is not None and d<_distance(best,root)]
+    lost = [c for c in own for d in (_distance(c,root), _distance(c,figures_dir()/'evidence')) if d is not None
+            and d<_distance(best,root)]
     if lost: print(f"{Run(root,'distill',lost[0]).folder.name} is better, but its weights are not available")
     return best
 
@@ -237,13 +256,20 @@ def student_run(
 )->dict: # Configuration of `distill_config`
     "The run behind a name."
     s = STUDENTS[name]
-    if s.size: return best_of(s.size, experiment_configs('sizes', load_scale(s.scale), **load_scale(s.scale).experiments['sizes']), root or runs_dir())
+    if s.size:
+        return best_of(s.size, experiment_configs('sizes', load_scale(s.scale),
+            **load_scale(s.scale).experiments['sizes']), root or runs_dir())
     return distill_config(load_scale(s.scale), s.design, s.seed, images=s.images)
 
 # %% ../../nbs/lab/11_artefacts.ipynb #f5a4820c
-SAMPLE_NOTES = {'nano-digits':'After four times as many images as the runs of Table 2 here, the judge digitsnet finds it no better than those, and reads somewhat fewer of its digits; only squeezenet finds it far better. '
-                       'Of the forty pictures on the sheet some thirty are read at once; 0, 3, 4 and 6 are the surest. A 1 or a 7 is at times a blob, and a 9 another digit. Strokes are soft, as in the enlarged digits that it learned from. '
-                       'It draws 32x32 digits of ten classes and nothing else; what it does with labels or noise of another kind was not looked at.'}  # What we saw on its sheet, and its limits
+SAMPLE_NOTES = {'nano-digits':'After four times as many images as the runs of Table 2 here, the judge digitsnet finds '
+                'it no better than those, and reads somewhat fewer of its digits; only squeezenet finds it far better. '
+                       'Of the forty pictures on the sheet some thirty are read at once; 0, 3, 4 and 6 are the surest. '
+                'A 1 or a 7 is at times a blob, and a 9 another digit. Strokes are soft, as in the enlarged digits '
+                'that it learned from. '
+                       # What we saw on its sheet, and its limits
+                       'It draws 32x32 digits of ten classes and nothing else; what it does with labels or noise of '
+                'another kind was not looked at.'}
 NO_SAMPLE_NOTES = 'Nobody has looked at its samples yet.'
 
 def _short(sha): return (sha or 'unknown')[:12]
@@ -253,11 +279,15 @@ def _facts(card):
     loss, p, e = c['loss'], c['pairs'], c['eval']
     return {
         'data': f"{c['data']['name']} (sha256 {_short(c['data']['sha256'])})",
-        'teacher': f"{c['teacher']['name']} (sha256 {_short(c['teacher']['sha256'])}); {p['seeds'][1]-p['seeds'][0]:,} noise-image pairs, {p['steps']} Heun steps each",
+        'teacher': f"{c['teacher']['name']} (sha256 {_short(c['teacher']['sha256'])}); {p['seeds'][1]-p['seeds'][0]:,} "
+            f"noise-image pairs, {p['steps']} Heun steps each",
         'scale': card['scale'],
-        'recipe': f"{c['recipe']}, loss {loss['name']}" + (f" (its network: sha256 {_short(loss['sha256'])})" if loss['sha256'] else ''),
-        'training': f"{t['images']:,} images seen, batch {t['batch']}, AdamW, learning rate {t['lr']:g}, EMA {t['ema']:g}, {t['precision']}, seed {t['seed']}; {where['train_seconds']:,} s on {where['device_name']}",
-        'judged': f"{card['samples']:,} samples, guidance {e['guidance']:g}, seeds from {e['seed']:,} on, by {' and '.join(e['judges'])}",
+        'recipe': f"{c['recipe']}, loss {loss['name']}" + (f" (its network: sha256 {_short(loss['sha256'])})"
+        if loss['sha256'] else ''),
+        'training': f"{t['images']:,} images seen, batch {t['batch']}, AdamW, learning rate {t['lr']:g}, EMA "
+            f"{t['ema']:g}, {t['precision']}, seed {t['seed']}; {where['train_seconds']:,} s on {where['device_name']}",
+        'judged': f"{card['samples']:,} samples, guidance {e['guidance']:g}, seeds from {e['seed']:,} on, by "
+            f"{' and '.join(e['judges'])}",
         'numbers': ', '.join(f'{k} {v:,.4g}' for k,v in card['metrics'].items()),
         'run': f"distill-{card['key']}, commit {_short(where['code']['commit'])}, torch {where['libraries']['torch']}"}
 
@@ -296,8 +326,10 @@ The numbers are distances and scores of the judges named above; only FID and IS 
 # %% ../../nbs/lab/11_artefacts.ipynb #330ad1f0
 def _build_student(name, out, root, device, minutes):
     root, config = root or runs_dir(), student_run(name, root)
-    record = distill_run(config, root, STUDENTS[name].scale, device, Progress(name), minutes=minutes, require_weights=True)
-    card = {k:record[k] for k in ('scale','config','metrics','samples','device','seconds','key')} | {'looks':SAMPLE_NOTES.get(name, '')}
+    record = distill_run(config, root, STUDENTS[name].scale, device, Progress(name), minutes=minutes,
+                         require_weights=True)
+    card = {k:record[k] for k in ('scale','config','metrics','samples','device','seconds',
+                                  'key')} | {'looks':SAMPLE_NOTES.get(name, '')}
     page, student = model_card(name, card), DiT.from_pretrained(_weights(config, root))
     (out/'README.md').unlink(missing_ok=True)
     student.save_pretrained(out, card, half=True)
@@ -309,7 +341,8 @@ def _ship_reference(name, out, device):
     from ditnano.metrics import save_reference
     images, judges = REFERENCES[name]
     splits = [load_images(images, split) for split in ('train','test')]
-    if name!=f'reference-{splits[0].name}': raise ValueError(f"images {splits[0].name!r}; expected those of {name!r}, as its statistics name them")
+    if name!=f'reference-{splits[0].name}':
+        raise ValueError(f"images {splits[0].name!r}; expected those of {name!r}, as its statistics name them")
     save_reference(out, splits, judges, device)
     return out
 
@@ -325,8 +358,11 @@ def build_shipped(
     out = Path(out or weights_dir()/name)
     if name in PAIRS:
         teacher, count = PAIRS[name]
-        return make_pairs(teacher, range(count), out, shard=count, image_dtype='fp16', store_noise=False, device=device, log=print)
+        return make_pairs(teacher, range(count), out, shard=count, image_dtype='fp16', store_noise=False,
+                          device=device, log=print)
     if name in REFERENCES: return _ship_reference(name, out, device)
     if name in TRAINING_RECIPES: return build_artifact(name, out, device=device, minutes=minutes, log=Progress(name))
-    if name not in STUDENTS: raise ValueError(f"shipped {name!r}; expected one of {', '.join([*TRAINING_RECIPES,*PAIRS,*REFERENCES,*STUDENTS])}")
+    if name not in STUDENTS:
+        raise ValueError(f"shipped {name!r}; expected one of "
+                         f"{', '.join([*TRAINING_RECIPES,*PAIRS,*REFERENCES,*STUDENTS])}")
     return _build_student(name, out, root, device, minutes)
