@@ -922,6 +922,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'ditnano.lab.artefacts._denoiser_config': ( 'lab/artefacts.html#_denoiser_config',
                                                                                    'ditnano/lab/artefacts.py'),
                                        'ditnano.lab.artefacts._distance': ('lab/artefacts.html#_distance', 'ditnano/lab/artefacts.py'),
+                                       'ditnano.lab.artefacts._earlier_notes': ( 'lab/artefacts.html#_earlier_notes',
+                                                                                 'ditnano/lab/artefacts.py'),
                                        'ditnano.lab.artefacts._facts': ('lab/artefacts.html#_facts', 'ditnano/lab/artefacts.py'),
                                        'ditnano.lab.artefacts._ship_reference': ( 'lab/artefacts.html#_ship_reference',
                                                                                   'ditnano/lab/artefacts.py'),

@@ -465,8 +465,8 @@ RULES += (
           lower=tuple(lower_than('layers 6', b) for b in ('layers 3, 6','layers 2, 4, 6'))),
     Claim('C12', 'get_baseline', 'DiT-Nano (7, 192, 12) has fewer parameters, a lower distance and less latency, '
           'guidance included, than GET of 8.6M; GET shaped by the principles has a lower distance than GET of 8.6M.',
-          '{rows_5}. GET by the principles has a lower FID than DiT-Nano after {t5[GET, our principles][epochs]} epochs, '
-          'and is slower than GET',
+          '{rows_5}. GET by the principles has a lower FID than DiT-Nano after {t5[GET, our principles][epochs]} '
+          'epochs, and is slower than GET',
           lower=tuple(lower_than(a, 'GET (6, 256, 4)') for a in ('DiT (7, 192, 12)','GET (7, 192, 12)')),
           faster=((('DiT',7,192,12,True), ('GET',6,256,4,False), 1),), count=_smaller_than_get),
     Claim('C13', 'sizes', '(7, 192, 12) trained twice as long has a lower distance than (7, 192, 12).',
@@ -524,8 +524,8 @@ def _verdict(c, found, scale):
         why.append(cost.replace('To decide:', f'To decide the {p.kind}:') if len(parts)>1 else cost)
     ours = '; '.join(f'{p.kind}: {p.ours}' if len(parts)>1 else p.ours for p in parts)
     scales = ', '.join(dict.fromkeys(f'{p.kind} {p.scale}' for p in parts if p.scale))
-    return Verdict(c, verdict, c.printed.format(**paper_values()), ours, scales, ' '.join(why), tuple(f for p in parts for f in p.folders),
-                   '; '.join(map(_outcome_text, parts)))
+    return Verdict(c, verdict, c.printed.format(**paper_values()), ours, scales, ' '.join(why),
+                   tuple(f for p in parts for f in p.folders), '; '.join(map(_outcome_text, parts)))
 
 def evaluate_claims(
     found:pd.DataFrame, # What `runs.collect` gives
