@@ -615,8 +615,9 @@ class LeaseWork(PairsWork):
     def run(self, config:dict, seconds:float)->dict:
         "One run, packed with weights in half precision; its training stops when there is no time to evaluate it."
         evaluation = 1+1.5*config['eval']['samples']*self.rates['extractors']
-        record = self.distill(config, (seconds-evaluation)/60)
         own = [assistant_config(config)] if config['recipe']=='ta' else []
+        own = [c for c in own if not self.has_weights(c)]   # trained by this run
+        record = self.distill(config, (seconds-evaluation)/60)
         for c in [*own, config]:
             folder = Run(self.runs, 'distill', c).folder
             if self.has_weights(c): halve_weights(folder/'student')

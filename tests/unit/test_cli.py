@@ -168,3 +168,9 @@ def test_an_error_stands_below_a_progress_bar():
         cli.main(['doctor'])
     ''')
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == 'ditnano: a value; expected another'
+
+
+def test_executors_are_those_of_sweep():
+    from ditnano.lab.sweep import EXECUTORS
+    words = typing.get_args(typing.get_type_hints(cli.sweep)['executor'])
+    assert set(words) == {'auto', *EXECUTORS}
