@@ -7,6 +7,7 @@ from .config import factors as factors
 from .config import heads as heads
 from .config import load_scale as load_scale
 from .deploy.export import bundle as bundle
+from .deploy.export import to_c as to_c
 from .deploy.export import to_onnx as to_onnx
 from .deploy.jetson import read_state as read_state
 from .dit import DiT as DiT

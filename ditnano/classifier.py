@@ -9,8 +9,8 @@ __all__ = ['Stage', 'Classifier', 'save_classifier', 'load_classifier']
 from pathlib import Path
 
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 from .repro import load_weights, save_weights, weights_dir
 

@@ -246,6 +246,8 @@ def _check_numbers(s):
     for k in ('weight_decay','warmup','guidance'):
         if getattr(s,k)<0: raise ValueError(f"Scale: {k}={getattr(s,k)}; expected 0 or more")
     if not 0<=s.ema<1: raise ValueError(f"Scale: ema={s.ema}; expected 0 or more and less than 1")
+    if s.pairs_precision not in PRECISIONS:
+        raise ValueError(f"Scale: pairs_precision={s.pairs_precision!r}; expected one of {PRECISIONS}")
     if not s.seeds: raise ValueError("Scale: seeds=(); expected a list of whole numbers")
     for seed in s.seeds: _check_seed('Scale', seed)
 
@@ -274,6 +276,7 @@ class Scale(Config):
     teacher:str='digits32'          # Teacher name, folder or .pkl
     pairs:int=480                   # Noise-image pairs, from seeds 0..pairs-1
     teacher_steps:int=18            # Heun steps behind each pair
+    pairs_precision:str='fp32'      # Of the teacher that makes them; 'bf16' is faster on a GPU
     images:int=256                  # Images seen by each student
     batch:int=32                    # Images per optimiser step
     lr:float=1e-3                   # Learning rate, alike for all rows; the paper has 1e-4

@@ -8,7 +8,10 @@ __all__ = ['PRECONDS', 'TEACHERS', 'READERS', 'Precond', 'EDMPrecond', 'VPPrecon
            'build_denoiser', 'save_teacher', 'check_weights', 'from_init_kwargs', 'load_teacher']
 
 # %% ../nbs/21_edm.ipynb #e295feb4
-import contextlib, importlib, math, warnings
+import contextlib
+import importlib
+import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

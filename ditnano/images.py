@@ -8,7 +8,14 @@ __all__ = ['EXTENSIONS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_RATIO', 'CIFAR_CLASSES',
            'read_cache', 'resize_images', 'to_grey', 'load_images', 'grid']
 
 # %% ../nbs/23_images.ipynb #005bdab3
-import hashlib, importlib, io, json, math, pickle, re, tarfile
+import hashlib
+import importlib
+import io
+import json
+import math
+import pickle
+import re
+import tarfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 

@@ -92,12 +92,12 @@ def _warm_up(fn, device, window, tolerance, max_warmup, max_seconds, clock):
 def measure(
     fn:Callable,           # Called without arguments
     repeats:int=30,        # Timed calls
-    device='cpu',          # Where its work runs; 'cuda' and 'mps' are synchronised
+    device:str|torch.device='cpu', # Where its work runs; 'cuda' and 'mps' are synchronised
     window:int=3,          # Calls in the running median of the warm-up
     tolerance:float=.05,   # Relative change of that median under which it is warm
     max_warmup:int=50,     # Most warm-up calls
     max_seconds:float=20., # Warm-up stops after the call that passes this
-    clock=time.perf_counter, # Seconds; replaced in tests
+    clock:Callable[[],float]=time.perf_counter, # Seconds; replaced in tests
 )->Timing:
     "Time a function: warm up until stable, then `repeats` synchronised calls."
     if not callable(fn):
@@ -277,7 +277,7 @@ def interleaved(
     fns:dict,       # {name: function without arguments}
     rounds:int=5,   # Each calls every function once
     device='cpu',   # Where their work runs
-    clock=time.perf_counter, # Seconds; replaced in tests
+    clock:Callable[[],float]=time.perf_counter, # Seconds; replaced in tests
 )->dict: # {name: [(wall seconds, GPU seconds or None) of each round]}
     "Time several functions in turns."
     if rounds<1: raise ValueError(f"interleaved: rounds={rounds}; expected 1 or more")
@@ -321,7 +321,7 @@ def paired_timing(
     items=1,        # What one call handles; a pair where the two differ, and the ratio is then per item
     max_warmup:int=20, # Most warm-up calls of each
     max_seconds:float=10., # Warm-up of each stops after the call that passes this
-    clock=time.perf_counter, # Seconds; replaced in tests
+    clock:Callable[[],float]=time.perf_counter, # Seconds; replaced in tests
 )->PairedTiming:
     "Time two functions in turns; the ratio is taken within each round."
     if rounds<1: raise ValueError(f"paired: rounds={rounds}; expected 1 or more")
@@ -441,7 +441,7 @@ def bench_sampling(
     guidance:float=1.,      # 1 is off
     rounds:int=7,           # Rounds of all of them
     device='cpu',           # Where the plain module runs
-    clock=time.perf_counter, # Seconds; replaced in tests
+    clock:Callable[[],float]=time.perf_counter, # Seconds; replaced in tests
 )->list: # A dict per design, back-end and precision
     "Back-ends against the plain fp32 module, in turns: seconds, how many times as fast, and the error."
     _check_backends(backends, precisions)

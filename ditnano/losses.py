@@ -7,7 +7,9 @@ __all__ = ['MAX_TARGET_VALUE', 'MAX_RANGE_CHECKS', 'BACKBONES', 'Loss', 'L1', 'L
            'backbone_file', 'torchvision_key', 'FeatureLoss', 'LPIPS', 'Perceptual', 'get_loss', 'backbone_hash']
 
 # %% ../nbs/30_losses.ipynb #586d70f8
-import copy, re, warnings
+import copy
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 

@@ -18,7 +18,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from .classifier import load_classifier
 from .edm import to_bytes
-from .images import grid, load_images
+from .images import ImageSet, grid, load_images
 from ditnano.repro import (
     atomic,
     cache_dir,
@@ -355,12 +355,13 @@ def load_reference(
     return Reference(config['name'], split, config['size'], *known, weights, stats)
 
 def reference_set(
-    name:str,          # An image set, e.g. 'digits32' or 'cifar10-jpeg@16'
+    name:str,          # An image set, e.g. 'digits32' or 'cifar10-jpeg@16', or a path
     split:str='train', # 'train' or 'test'
-): # A `Reference` where one is shipped, else the ImageSet
+    **options,         # size, channels, skip_damaged, log, as for `load_images`
+)->ImageSet|Reference: # A `Reference` where one is shipped and there are no options, else the ImageSet
     "What generated images are compared with."
-    if (reference_folder(name)/'config.json').is_file(): return load_reference(name, split)
-    return load_images(name, split)
+    if not options and (reference_folder(name)/'config.json').is_file(): return load_reference(name, split)
+    return load_images(name, split, **options)
 
 # %% ../nbs/41_metrics.ipynb #e114f8ed
 def reference_statistics(
@@ -397,9 +398,9 @@ def _check_size(images, reference):
     raise ValueError(f"images of {images.shape[-1]} pixels, reference {reference.name!r} of {size}; expected one size")
 
 def frechet(
-    images,    # uint8, or float in [-1, 1]: (N, 3, R, R)
-    reference, # ImageSet, Reference, images, Statistics, or the path of an .npz
-    extractor, # An extractor, its name, or any callable uint8 images -> features
+    images:torch.Tensor|np.ndarray,   # uint8, or float in [-1, 1]: (N, 3, R, R)
+    reference:ImageSet|Reference|Statistics|torch.Tensor|str|Path, # Image set, images, or statistics (or .npz)
+    extractor:Extractor|str|Callable, # An extractor, its name, or any callable uint8 images -> features
 )->float: # Squared Fréchet distance, 0 or more
     "Fréchet distance of images from a reference, by one feature extractor."
     images, resolved = as_bytes(images), _resolve(extractor)
@@ -551,10 +552,10 @@ def _extractor_metrics(extractor, images, labels, reference, splits):
 
 # %% ../nbs/41_metrics.ipynb #44f9a146
 def evaluate(
-    images,             # uint8, or float in [-1, 1]: (N, 3, R, R)
-    labels,             # (N,) classes that were asked for, or None
-    reference_set,      # ImageSet, Reference, images, Statistics, or the path of an .npz
-    extractor_names,    # Names of extractors, or one
+    images:torch.Tensor|np.ndarray, # uint8, or float in [-1, 1]: (N, 3, R, R)
+    labels:Sequence[int]|torch.Tensor|None, # (N,) classes of the images, or None
+    reference_set:ImageSet|Reference|Statistics|torch.Tensor|str|Path, # As for `frechet`
+    extractor_names:str|Sequence[str], # Names of extractors, or one
     loss:str|None=None, # Loss that the student was trained with; its network is refused as an extractor
     splits:int=10,      # Splits of the scores
     device:str='auto',  # Where the extractors run

@@ -8,7 +8,11 @@ __all__ = ['DTYPES', 'CHECKS', 'MAX_OPEN', 'ROWS_PER_READ', 'teacher_hash', 'pai
            'find_imported_pairs', 'teacher_record', 'ensure_pairs']
 
 # %% ../nbs/24_pairs.ipynb #bf074612
-import copy, errno, json, mmap, time
+import copy
+import errno
+import json
+import mmap
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,9 +26,22 @@ from safetensors.torch import save_file
 
 from . import edm
 from .config import PRECISIONS
-from .repro import (atomic, cache_dir, content_hash, data_dir, exact_convolutions, file_hash, lock,
-                           noise_and_labels,
-                           pick_device, read_json, state_hash, verified_hash, weights_dir, write_json)
+from ditnano.repro import (
+    atomic,
+    cache_dir,
+    content_hash,
+    data_dir,
+    exact_convolutions,
+    file_hash,
+    lock,
+    noise_and_labels,
+    pick_device,
+    read_json,
+    state_hash,
+    verified_hash,
+    weights_dir,
+    write_json,
+)
 
 # %% ../nbs/24_pairs.ipynb #1de8d5b1
 def teacher_hash(

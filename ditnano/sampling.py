@@ -17,6 +17,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -309,13 +310,13 @@ def _batches(step, cfg, seeds, labels, batch):
 # %% ../nbs/40_sampling.ipynb #026d9733
 def sample(
     model:nn.Module,      # A DiT, a FoldedDiT or a GET
-    seeds,                # One per image: a range, a list, a tensor
-    labels=None,          # None draws them from the seeds; one label for all; or one per image
+    seeds:Iterable[int],  # One per image: a range, a list, a tensor
+    labels:int|Sequence[int]|torch.Tensor|None=None, # None draws them from the seeds; one for all; or one per image
     guidance:float=1.5,   # 1 is off, one pass a step; otherwise two passes in one batch; 1 for a GET
     backend:str='eager',  # 'eager', 'compiled', 'native', 'openvino', 'onnxruntime', 'tensorrt': a name in `BACKENDS`
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16', as far as back-end and device compute in it
     batch:int|None=None,  # Images at once; None chooses
-    device=None,          # None is where the model is, or the one that the back-end supports
+    device:str|torch.device|None=None, # None is where the model is, or the one that the back-end supports
 )->torch.Tensor:          # (N, C, R, R) uint8, on the CPU
     "Images of a student or a GET, one per seed."
     batches = _sample_stream(model, seeds, labels, guidance, backend, precision, batch, device)[1]

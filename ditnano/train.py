@@ -10,7 +10,18 @@ __all__ = ['MAX_WAIT_S', 'Task', 'GraphTask', 'AuxiliaryTask', 'epoch_permutatio
            'make_graphed_step', 'compile_regions', 'StopSignals', 'Clock', 'RunFiles', 'fit']
 
 # %% ../nbs/31_train.ipynb #c69e40df
-import contextlib, copy, functools, hashlib, json, math, os, signal, sys, threading, time, warnings
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta

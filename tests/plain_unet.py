@@ -1,4 +1,4 @@
-"""EDM's networks written a second time, from their description: functions on a dictionary of weights, one form for all releases."""
+"""EDM's networks written a second time, from their description: functions on a dictionary of weights."""
 import math
 
 import torch

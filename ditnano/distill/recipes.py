@@ -6,7 +6,12 @@
 __all__ = ['RECIPES', 'EXTRA_MODEL', 'get_recipe', 'recipe_defaults', 'make_recipe', 'measure_in_this_process', 'recipe_cost']
 
 # %% ../../nbs/distill/04_recipes.ipynb #0fd9f07a
-import inspect, json, statistics, subprocess, sys, time
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 

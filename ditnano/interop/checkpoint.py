@@ -6,7 +6,12 @@
 __all__ = ['KEPT', 'MAX_STEPS', 'MAX_DEPTH', 'MAX_BYTES', 'read_checkpoint']
 
 # %% ../../nbs/interop/00_checkpoint.ipynb #74acd7af
-import hashlib, io, math, pickletools, struct, zipfile
+import hashlib
+import io
+import math
+import pickletools
+import struct
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +160,9 @@ class _Machine:
             raise ValueError(f"damaged at byte {self.at}; expected something on the stack")
         return self.stack[-1]
 
-    def pop(self): self.top(); return self.stack.pop()
+    def pop(self):
+        self.top()
+        return self.stack.pop()
 
     def since_mark(self):
         if not self.marks: raise ValueError(f"damaged at byte {self.at}; expected a mark on the stack")

@@ -6,7 +6,8 @@
 __all__ = ['schedule_sigmas', 'DiffusersDenoiser', 'load_diffusers']
 
 # %% ../../nbs/interop/03_diffusers.ipynb #399133e2
-import hashlib, math
+import hashlib
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +131,8 @@ def _find_parts(folder):
     return unet, found
 
 def _fetch(name):
-    try: from huggingface_hub import snapshot_download
+    try:
+        from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(f"{name}: huggingface-hub is not installed: pip install 'ditnano[hub]'") from None
     return Path(snapshot_download(name.removeprefix('hf:'), allow_patterns=['*.json','*.safetensors']))

@@ -6,7 +6,11 @@
 __all__ = ['GETPairs', 'import_get_pairs']
 
 # %% ../../nbs/interop/02_get_pairs.ipynb #2f35e030
-import contextlib, hashlib, re, warnings, zipfile
+import contextlib
+import hashlib
+import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np

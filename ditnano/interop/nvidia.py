@@ -6,12 +6,22 @@
 __all__ = ['RELEASED', 'from_init_kwargs', 'build_released', 'convert_checkpoint', 'load_released']
 
 # %% ../../nbs/interop/01_nvidia.ipynb #83113453
-import json, math, re
+import json
+import math
+import re
 from pathlib import Path
 
 from ..config import UNetConfig
-from ..edm import (PRECONDS, Precond, VPPrecond, build_denoiser, check_weights, iDDPMPrecond, load_teacher,
-                         save_teacher)
+from ditnano.edm import (
+    PRECONDS,
+    Precond,
+    VPPrecond,
+    build_denoiser,
+    check_weights,
+    iDDPMPrecond,
+    load_teacher,
+    save_teacher,
+)
 from .checkpoint import read_checkpoint
 from ..repro import cache_dir, data_dir, file_hash
 from ..unet import ADMConfig, NCSNConfig, resample_filter

@@ -7,7 +7,12 @@ __all__ = ['MIN_PICTURES', 'MAX_CLASSES', 'MAX_FILE', 'CHUNK', 'MANY', 'Source',
            'read_npz', 'read_datasets', 'decode_all', 'read_source', 'load_pictures']
 
 # %% ../../nbs/interop/05_pictures.ipynb #ae121666
-import hashlib, io, json, os, unicodedata, zipfile
+import hashlib
+import io
+import json
+import os
+import unicodedata
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -204,7 +209,8 @@ def read_npz(
 # %% ../../nbs/interop/05_pictures.ipynb #c35fc358
 def _open_datasets(source):
     "The splits of a data set on disk, of parquet files, or of the Hub."
-    try: import datasets
+    try:
+        import datasets
     except ImportError:
         raise ValueError(f"{source}: the package datasets is not installed: pip install 'ditnano[hub]'") from None
     path = Path(source)

@@ -47,7 +47,8 @@ def provenance_line(
     for c in MUST_BE_SINGLE:
         found = _values(frame, c)
         if c not in columns and len(found)>1:
-            raise ValueError(f"{len(frame)} runs mix {c} {', '.join(map(str,found))}; expected one, or {c!r} as a column")
+            raise ValueError(f"{len(frame)} runs mix {c} {', '.join(map(str,found))}; expected one, or {c!r} as a "
+                             "column")
     parts = {c:_joined_values(frame, c) for c in _ORDER if c not in columns}
     return ' · '.join(f'{_LABELS.get(c,c)} {v}' for c,v in parts.items() if v)
 
@@ -59,7 +60,7 @@ def select_runs(
     experiment:str,     # Stem of the notebook in nbs/experiments that makes these runs
     **where,            # Column = value, or a collection of values
 )->pd.DataFrame: # The rows that fit
-    "The runs that a figure draws, of plain students unless asked otherwise; none at all is an error that names where they come from."
+    "The runs that a figure draws, of plain students unless asked otherwise; none is an error that names their source."
     keep = pd.Series(True, index=frame.index)
     for c,v in ({k:v for k,v in DEFAULT_STUDENT.items() if k in frame} | where).items():
         column = frame[c] if c in frame else pd.Series(pd.NA, index=frame.index)
@@ -132,11 +133,12 @@ def best_scale(
     found:pd.DataFrame, # What `runs.collect` gives
     experiment:str,     # Key of `EXPERIMENT_FILTERS`; '' for no experiment
 )->str: # Name of a scale
-    "The best scale at which an experiment has two rows or more; of measurements, one of this machine; 'smoke' if there is none."
+    "The best scale with two rows or more of an experiment; of measurements, one of this machine; else 'smoke'."
     if not experiment: return 'smoke'
     _, differ = EXPERIMENT_FILTERS.get(experiment, ({}, ''))
     pools = [found]
-    if differ and EXPERIMENT_FILTERS[experiment][0]['kind'] in MACHINE_KINDS and 'live' in found: pools.insert(0, found[found.live])
+    if differ and EXPERIMENT_FILTERS[experiment][0]['kind'] in MACHINE_KINDS and 'live' in found:
+        pools.insert(0, found[found.live])
     for rows in pools:
         for scale in SCALES:
             selected = rows_of(rows, experiment, scale)
@@ -251,7 +253,8 @@ def latency_note(
     size = _other_size(timed)
     images = f'images of {size}, not the size at which quality was measured,' if size else 'images'
     batches = f"{each['batches']} batches of {each['batch']}"
-    return f"seconds for 50,000 {images} extrapolated from {batches}, {', '.join(settings)}, on {', '.join(_values(timed,'card'))}"
+    cards = ', '.join(_values(timed, 'card'))
+    return f"seconds for 50,000 {images} extrapolated from {batches}, {', '.join(settings)}, on {cards}"
 
 # %% ../../nbs/lab/06_evidence.ipynb #8be41988
 _ALIKE = ('depth','width','heads',*DEFAULT_STUDENT,*MUST_BE_SINGLE,'recipe','options','loss','batch','lr')
@@ -289,11 +292,13 @@ def join_paper(
     "The paper's values with ours beside them, averaged over seeds."
     paper = pd.DataFrame(paper)
     if paper.duplicated(list(on)).any():
-        raise ValueError(f"{', '.join(on)}: two rows of the paper are alike in these; expected columns that tell the rows apart")
+        raise ValueError(f"{', '.join(on)}: two rows of the paper are alike in these; expected columns that tell the "
+                         "rows apart")
     headings = measured | {f'{k} sd':f'{v} sd' for k,v in measured.items()}
     mean = aggregate_seeds(ours, on, list(measured)).rename(columns=headings)
     rest = [p for p in printed if p not in on]
     both = paper[[*on,*rest]].rename(columns={p:printed[p] for p in rest}).merge(mean, on=list(on), how='left')
     run = both.seeds.notna()
-    for c in measured.values(): both[c] = both[c].astype(object).where(both[c].notna(), np.where(run, NOT_MEASURED, NOT_RUN))
+    for c in measured.values():
+        both[c] = both[c].astype(object).where(both[c].notna(), np.where(run, NOT_MEASURED, NOT_RUN))
     return both.assign(seeds=both.seeds.fillna(0).astype(int)).rename(columns=printed)

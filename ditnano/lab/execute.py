@@ -37,23 +37,26 @@ def _broadcast(value, device):
     from ditnano.train import broadcast_from_rank0
     return broadcast_from_rank0(value, device)
 
-def _ensure_pairs(name, count, steps, device, deadline):
+def _ensure_pairs(name, count, steps, device, deadline, precision='fp32'):
     "The folder of the pairs, made now if need be; rank 0 decides whether there was time."
     from ditnano.pairs import ensure_pairs
     folder, message = None, None
     def look(line):
         if time.monotonic()>=deadline: raise TimeLimitReached(f'still without its pairs ({line})')
-    try: folder = ensure_pairs(name, count, steps, device=device, log=look)
+    try: folder = ensure_pairs(name, count, steps, device=device, log=look, precision=precision)
     except TimeLimitReached as e: message = str(e)
     if message := _broadcast(message, device): raise TimeLimitReached(message)
-    return folder or ensure_pairs(name, count, steps, device=device)
+    return folder or ensure_pairs(name, count, steps, device=device, precision=precision)
 
 # %% ../../nbs/lab/02_execute.ipynb #f3d4e301
 def _pairs(config, device, deadline):
     from ditnano.pairs import PairDataset
     count, teacher = config['pairs']['seeds'][1], config['teacher']
-    pairs = PairDataset(_ensure_pairs(teacher['name'], count, config['pairs']['steps'], device, deadline), limit=count)
-    if pairs.recipe['teacher']['sha256']!=teacher['sha256']: raise ValueError(f"pairs of another teacher than {teacher['name']!r}; expected {teacher['sha256'][:12]}")
+    steps, precision = config['pairs']['steps'], config['pairs'].get('precision', 'fp32')
+    folder = _ensure_pairs(teacher['name'], count, steps, device, deadline, precision)
+    pairs = PairDataset(folder, limit=count)
+    if pairs.recipe['teacher']['sha256']!=teacher['sha256']:
+        raise ValueError(f"pairs of another teacher than {teacher['name']!r}; expected {teacher['sha256'][:12]}")
     return pairs
 
 def _extra_model(config, root, scale, device, log, deadline):
@@ -71,9 +74,11 @@ def _student(config, folder, root, scale, device, log, deadline):
     from ditnano.train import fit
     extra, train = _extra_model(config, root, scale, device, log, deadline), TrainConfig.from_dict(config['train'])
     options = {k:v for k,v in config['options'].items() if k not in ('assistant','teacher')}
-    task = make_recipe(config['recipe'], as_student(config['student']), _pairs(config, device, deadline), config['loss']['name'], train.seed, extra, **options)
+    task = make_recipe(config['recipe'], as_student(config['student']), _pairs(config, device, deadline),
+                       config['loss']['name'], train.seed, extra, **options)
     state = fit(task, train, folder, device, callback=log, minutes=_minutes_left(deadline))
-    if state.step<train.steps: raise TimeLimitReached(f'stopped at {100*state.step//train.steps}%, resumes at the next call')
+    if state.step<train.steps:
+        raise TimeLimitReached(f'stopped at {100*state.step//train.steps}%, resumes at the next call')
     return state.ema_model(), round(state.seconds)
 
 # %% ../../nbs/lab/02_execute.ipynb #a1f7da47
@@ -82,7 +87,8 @@ SHARD_SIZE = 4096  # Judged samples in one file
 def _sample_shards(e):
     "The judged samples in parts: (block, seeds)."
     starts = [(b, e['seed']+b*e['samples']) for b in range(e.get('blocks', 1))]
-    return [(b, range(a+i, a+min(i+SHARD_SIZE, e['samples']))) for b,a in starts for i in range(0, e['samples'], SHARD_SIZE)]
+    return [(b, range(a+i, a+min(i+SHARD_SIZE, e['samples']))) for b,a in starts
+            for i in range(0, e['samples'], SHARD_SIZE)]
 
 def _write_sample_shards(student, config, folder, device):
     "This process's share of the judged samples."
@@ -127,9 +133,11 @@ def _read_block(config, folder, block):
 
     from ditnano.sampling import sample_labels
     cfg = as_student(config['student'])
-    parts = [(folder/'parts'/f'{n}.npy', seeds) for n,(b,seeds) in enumerate(_sample_shards(config['eval'])) if b==block]
+    parts = [(folder/'parts'/f'{n}.npy', seeds) for n,(b,seeds) in enumerate(_sample_shards(config['eval']))
+             if b==block]
     _wait_until(lambda: all(file.is_file() for file,_ in parts), folder, 'samples of the other processes')
-    return torch.from_numpy(np.concatenate([np.load(file) for file,_ in parts])), torch.cat([sample_labels(seeds, cfg) for _,seeds in parts])
+    images = np.concatenate([np.load(file) for file,_ in parts])
+    return torch.from_numpy(images), torch.cat([sample_labels(seeds, cfg) for _,seeds in parts])
 
 # %% ../../nbs/lab/02_execute.ipynb #1f61948c
 def _block_metrics(images, labels, config, device):
@@ -137,7 +145,8 @@ def _block_metrics(images, labels, config, device):
     from ditnano.metrics import evaluate, reference_set
     e, out = config['eval'], {}
     for split in e.get('references', ['train']):
-        found = evaluate(images, labels, reference_set(config['data']['name'], split), e['judges'], loss=config['loss']['name'], device=device)
+        found = evaluate(images, labels, reference_set(config['data']['name'], split), e['judges'],
+                         loss=config['loss']['name'], device=device)
         out |= {f'{k} (test)' if split=='test' and k.startswith(('FD-','FID')) else k:v for k,v in found.items()}
     return out
 
@@ -146,7 +155,8 @@ def _summarize_blocks(blocks):
     from ditnano.metrics import aggregate_blocks
     if len(blocks)==1: return {k:v for k,v in blocks[0].items() if k!='samples'}
     every = {k:v for k,v in aggregate_blocks(blocks).items() if k!='samples'}
-    return {name:v[which] for k,v in every.items() for name,which in ((k,'mean'), (f'{k} min','min'), (f'{k} max','max'))}
+    columns = (('','mean'), (' min','min'), (' max','max'))
+    return {k+end:v[which] for k,v in every.items() for end,which in columns}
 
 # %% ../../nbs/lab/02_execute.ipynb #40706da3
 def _evaluation_card(config, device):
@@ -154,7 +164,8 @@ def _evaluation_card(config, device):
     from ditnano.metrics import card, reference_set
     e, blocks = config['eval'], config['eval'].get('blocks', 1)
     seeds = [e['seed'], e['seed']+blocks*e['samples']-1]
-    cards = [card(e['samples'], reference_set(config['data']['name'], split), e['judges'], config['loss']['name'], seeds, e['guidance'], device=device) for split in e.get('references', ['train'])]
+    cards = [card(e['samples'], reference_set(config['data']['name'], split), e['judges'], config['loss']['name'],
+                  seeds, e['guidance'], device=device) for split in e.get('references', ['train'])]
     more = {'references':[c['reference'] for c in cards]} if len(cards)>1 else {}
     return cards[0] | more | ({'blocks':blocks} if blocks>1 else {})
 
@@ -164,7 +175,8 @@ def _evaluate_samples(student, config, folder, device):
     e = config['eval']
     numbers = [_block_metrics(*_read_block(config, folder, b), config, device) for b in range(e.get('blocks', 1))]
     seeds = range(e['seed'], e['seed']+min(40, e['samples']))
-    save_grid(sample(student, seeds, balanced_labels(seeds, student.cfg.classes), guidance=e['guidance'], device=device), folder/'samples.png', columns=10, scale=2)
+    save_grid(sample(student, seeds, balanced_labels(seeds, student.cfg.classes), guidance=e['guidance'],
+                     device=device), folder/'samples.png', columns=10, scale=2)
     write_json(folder/'evaluation.json', _evaluation_card(config, device))
     return _summarize_blocks(numbers)
 
@@ -186,7 +198,7 @@ def distill_run(
     require_weights:bool=False, # A record without its weights, as from another machine, does not do
     wait:float=math.inf, # Seconds to wait for another process that computes the run
 )->dict: # The record
-    "Distil and judge one student, unless it is done; raises TimeLimitReached. Of several processes the first judges and records."
+    "Distil and judge one student, unless it is done; raises TimeLimitReached. The first of several processes judges."
     (rank, _), folder, deadline = _rank(), Run(root, 'distill', config).folder, _deadline(minutes)
     whole = lambda folder: not require_weights or (folder/'student'/'model.safetensors').is_file()
     done = _broadcast(not force and read_result(folder) is not None and whole(folder), device)
@@ -197,7 +209,9 @@ def distill_run(
     if done and not (folder/'config.json').is_file(): write_json(folder/'config.json', read_result(folder)['config'])
     compute = lambda folder: _run_rank0(train, config, folder, scale, device)
     wait = max(0, min(wait, deadline-time.monotonic()))
-    try: record = run_once(root, 'distill', config, compute, run_label(config), scale, config['train']['seed'], force, wait, whole)
+    try:
+        record = run_once(root, 'distill', config, compute, run_label(config), scale, config['train']['seed'], force,
+                          wait, whole)
     except TimeoutError as e: raise HeldElsewhere(f'another process has it ({e})') from None
     (folder/'state.safetensors').unlink(missing_ok=True)   # not before the record is there
     return record
@@ -214,7 +228,8 @@ def _run_rank0(train, config, folder, scale, device):
         metrics = _evaluate_samples(student, config, folder, device)
     shutil.rmtree(folder/'parts')
     world = {'processes':_rank()[1]} if _rank()[1]>1 else {}
-    return {'metrics':metrics, 'samples':config['eval']['samples'], 'device':where|{'train_seconds':seconds}|world, 'artefacts':['samples.png','evaluation.json']}
+    return {'metrics':metrics, 'samples':config['eval']['samples'], 'device':where|{'train_seconds':seconds}|world,
+            'artefacts':['samples.png','evaluation.json']}
 
 def _run_other_rank(train, config, folder, device):
     "What the other processes of a distributed run do: their share of training and samples, then wait for the record."
@@ -232,7 +247,8 @@ def run_label(
     design = ', '.join(str(s[k]).replace(' ','') for k in ('depth','width','heads'))
     how = [str(v).replace(' ','') for k,v in config['options'].items() if k in ('weights','layers')]
     more = ''.join(f' {k} {s[k]:g}' for k,usual in (('mlp_ratio',4),('steps',1)) if s.get(k,usual)!=usual)
-    return f"{'GET' if 'eq_depth' in s else 'DiT'} ({design}){more} {config['loss']['name']}{'' if r.startswith('get') else ' '.join(['',r,*how])}"
+    recipe = '' if r.startswith('get') else ' '.join(['',r,*how])
+    return f"{'GET' if 'eq_depth' in s else 'DiT'} ({design}){more} {config['loss']['name']}{recipe}"
 
 # %% ../../nbs/lab/02_execute.ipynb #1bbcfacb
 def latency_config(
@@ -247,7 +263,8 @@ def latency_config(
     from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
     machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
-    return {'student':as_student(design).to_dict(), 'batch':batch, 'batches':batches, 'guidance':float(guidance), 'precision':precision,
+    return {'student':as_student(design).to_dict(), 'batch':batch, 'batches':batches, 'guidance':float(guidance),
+            'precision':precision,
             'backend':'eager', 'attention':'fused', 'machine':machine}
 
 # %% ../../nbs/lab/02_execute.ipynb #4a63173f
@@ -264,9 +281,11 @@ def latency_run(
     model = (GET if isinstance(student, GETConfig) else DiT)(student)
     def compute(folder):
         patience = 6 if config['batches']<5 else 60   # seconds; a big design on a CPU needs them to settle
-        timed = time_sampling(randomize_weights(model), config['batch'], 50_000, config['batches'], config['guidance'], config['precision'], device=device, max_seconds=patience)
+        timed = time_sampling(randomize_weights(model), config['batch'], 50_000, config['batches'], config['guidance'],
+                              config['precision'], device=device, max_seconds=patience)
         return {'latency':timed, 'samples':config['batch']*config['batches'], 'device':timed['card']}
-    return run_once(root, 'latency', config, compute, f"latency {type(model).__name__} ({student.depth}, {student.width}, {student.heads})", scale)
+    return run_once(root, 'latency', config, compute,
+                    f"latency {type(model).__name__} ({student.depth}, {student.width}, {student.heads})", scale)
 
 # %% ../../nbs/lab/02_execute.ipynb #ac2a0c68
 VERIFY_TOLERANCE = 0.01  # Largest relative difference of a metric, on the same kind of device
@@ -279,9 +298,12 @@ def verify(
 )->dict: # Metric -> {'recorded', 'again', 'relative', 'within'}
     "Compute a committed run again from its configuration, and compare its metrics with the recorded ones."
     record = read_result(folder)
-    if record is None or record['kind']!='distill': raise ValueError(f"{folder}: no record of a distillation; expected a folder distill-... with a result.json")
+    if record is None or record['kind']!='distill':
+        raise ValueError(f"{folder}: no record of a distillation; expected a folder distill-... with a result.json")
     run = Run(root, 'distill', record['config'])
-    if run.folder.resolve()==Path(folder).resolve(): raise ValueError(f"{folder} lies in the folder of runs; expected another one for the repetition")
+    if run.folder.resolve()==Path(folder).resolve():
+        raise ValueError(f"{folder} lies in the folder of runs; expected another one for the repetition")
     recomputed = distill_run(record['config'], root, record['scale'], device, log)['metrics']
     apart = {k:abs(recomputed[k]-v)/max(abs(v), 1e-12) for k,v in record['metrics'].items()}
-    return {k:{'recorded':v, 'again':recomputed[k], 'relative':apart[k], 'within':apart[k]<=VERIFY_TOLERANCE} for k,v in record['metrics'].items()}
+    return {k:{'recorded':v, 'again':recomputed[k], 'relative':apart[k], 'within':apart[k]<=VERIFY_TOLERANCE}
+            for k,v in record['metrics'].items()}

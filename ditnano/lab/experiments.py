@@ -53,7 +53,8 @@ def _options(recipe, given):
     from ditnano.distill.recipes import recipe_defaults
     from ditnano.pairs import teacher_record
     known = recipe_defaults(recipe) | {'ta':{'assistant':None}, 'dmd':{'teacher':None}}.get(recipe, {})
-    if unknown := sorted(set(given)-set(known)): raise ValueError(f"recipe {recipe!r}: option {unknown[0]!r}; expected {', '.join(known) or 'none'}")
+    if unknown := sorted(set(given)-set(known)):
+        raise ValueError(f"recipe {recipe!r}: option {unknown[0]!r}; expected {', '.join(known) or 'none'}")
     full = {k:list(v) if isinstance(v,tuple) else v for k,v in (known|given).items()}
     return full|({'teacher':teacher_record(given['teacher'])} if given.get('teacher') else {})
 
@@ -61,17 +62,23 @@ def _options(recipe, given):
 CLIP_NORM = {'dmd':10.0}  # Largest gradient norm of the student, where a recipe asks for one (DMD, Appendix B.1)
 
 def _eval_config(scale, guidance):
-    "How a run is judged; blocks and references stand there only where they are more than one block and the training images."
+    "How a run is judged; blocks and references appear only beyond one block and the training images."
     more = {'blocks':scale.blocks, 'references':list(scale.references)}
     usual = {'blocks':1, 'references':['train']}
-    return {'samples':scale.samples, 'guidance':float(guidance), 'judges':list(scale.judges), 'seed':EVAL_SEED} | {k:v for k,v in more.items() if v!=usual[k]}
+    return {'samples':scale.samples, 'guidance':float(guidance), 'judges':list(scale.judges),
+            'seed':EVAL_SEED} | {k:v for k,v in more.items() if v!=usual[k]}
+
+def _pairs_config(scale):
+    "How the pairs are made; a precision stands there only where it is not fp32."
+    precision = {} if scale.pairs_precision=='fp32' else {'precision':scale.pairs_precision}
+    return {'seeds':[0,scale.pairs], 'steps':scale.teacher_steps} | precision
 
 def distill_config(
     scale:Scale,         # How much of everything
     design,              # (depth, width, heads), a DiTConfig, or a GETConfig
     seed:int=0,          # Training seed
     recipe:str='get',    # Key of `distill.RECIPES`
-    options:dict=None,   # Of the recipe; also `assistant`, a design, for 'ta', and `teacher` for 'dmd', where the pairs came without one
+    options:dict=None,   # Of the recipe; also `assistant`, a design, for 'ta'; `teacher` for 'dmd' if pairs have none
     loss:str=None,       # Default: the scale's
     guidance:float=None, # Default: the scale's; 1 for a GET model, which has none
     images:int=None,     # Images seen; default: the scale's
@@ -81,8 +88,9 @@ def distill_config(
     (data, teacher), student = content or scale_content(scale), replace(as_student(design), image_size=scale.image_size)
     if guidance is None: guidance = 1.0 if isinstance(student, GETConfig) else scale.guidance
     train = train_config(scale, seed, images=images or scale.images, clip=CLIP_NORM.get(recipe, 0.0))
-    return {'recipe':recipe, 'options':_options(recipe, options or {}), 'student':student.to_dict(), 'train':train.to_dict(), 'loss':_loss(loss or scale.loss),
-            'data':data, 'teacher':teacher, 'pairs':{'seeds':[0,scale.pairs], 'steps':scale.teacher_steps},
+    return {'recipe':recipe, 'options':_options(recipe, options or {}), 'student':student.to_dict(),
+            'train':train.to_dict(), 'loss':_loss(loss or scale.loss),
+            'data':data, 'teacher':teacher, 'pairs':_pairs_config(scale),
             'eval':_eval_config(scale, guidance)}
 
 # %% ../../nbs/lab/01_experiments.ipynb #b88dc76d
@@ -90,7 +98,8 @@ def assistant_config(
     config:dict, # Of a run with the recipe 'ta'
 )->dict: # Of the run that makes its assistant
     "The assistant's own run."
-    if not (design := config['options'].get('assistant')): raise ValueError("recipe 'ta': no assistant; expected a design, as in [12, 384, 12]")
+    if not (design := config['options'].get('assistant')):
+        raise ValueError("recipe 'ta': no assistant; expected a design, as in [12, 384, 12]")
     size = config['student']['image_size']
     return config | {'recipe':'get', 'options':{}, 'student':replace(as_student(design), image_size=size).to_dict()}
 
@@ -114,15 +123,18 @@ def _ta(scale, assistant=(4,128,8), settings=((1,0,0),(0,1,0),(0,1,1),(1,1,1))):
     rows = [dict(design=assistant)]   # the assistant first: the others need it
     for weights in settings:
         how = dict(recipe='ta', options=dict(weights=weights, assistant=assistant))
-        rows.append(dict(design=BASE, **({} if tuple(weights)==(1,0,0) else how)))   # these weights are the plain recipe
+        # these weights are the plain recipe
+        rows.append(dict(design=BASE, **({} if tuple(weights)==(1,0,0) else how)))
     return rows
 
 def _mi1(scale, mappings=((6,),(3,6),(2,4,6))):
-    return [dict(design=BASE, **({} if tuple(m)==BASE[:1] else dict(recipe='mi1', options=dict(layers=m)))) for m in mappings]
+    return [dict(design=BASE, **({} if tuple(m)==BASE[:1] else dict(recipe='mi1', options=dict(layers=m))))
+            for m in mappings]
 
 def _get_baseline(scale, models=((6,256,4),(7,192,12)), students=((7,192,12),), images=0):
     seen = dict(images=images or scale.images)   # the same for all rows
-    return [dict(design=GETConfig(*m), recipe='get-model', **seen) for m in models]+[dict(design=s, **seen) for s in students]
+    return [dict(design=GETConfig(*m), recipe='get-model', **seen)
+            for m in models]+[dict(design=s, **seen) for s in students]
 
 # %% ../../nbs/lab/01_experiments.ipynb #b43b6cfb
 def _mlp_ratio(scale, ratios=(1,2,4,8)): return [dict(design=DiTConfig(*BASE, mlp_ratio=float(r))) for r in ratios]
@@ -143,12 +155,14 @@ def experiment_configs(
     **parameters,         # The parameters of the experiment's notebook, e.g. depths=[2,4]
 )->list: # Configurations, one per row and seed
     "The runs behind a table or figure."
-    if experiment not in EXPERIMENTS: raise ValueError(f"experiment {experiment!r}; expected one of {', '.join(EXPERIMENTS)}")
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"experiment {experiment!r}; expected one of {', '.join(EXPERIMENTS)}")
     rows, known = EXPERIMENTS[experiment], list(inspect.signature(EXPERIMENTS[experiment]).parameters)[1:]
     for k in parameters:
         if k not in known: raise ValueError(f"experiment {experiment!r}: parameter {k!r}; expected {', '.join(known)}")
     content = content or scale_content(scale)
-    return [distill_config(scale, seed=seed, content=content, **row) for row in rows(scale, **parameters) for seed in scale.seeds]
+    return [distill_config(scale, seed=seed, content=content, **row) for row in rows(scale, **parameters)
+            for seed in scale.seeds]
 
 # %% ../../nbs/lab/01_experiments.ipynb #0fbee43a
 def size_of(
@@ -167,10 +181,13 @@ def priority_groups(
     content = content or scale_content(scale)
     every = {e:experiment_configs(e, scale, content, **scale.experiments.get(e, {})) for e in EXPERIMENTS}
     usual = [c for c in every['sizes'] if c['train']['images']==scale.images]
-    small, large = [c for c in usual if size_of(c['student'])==SIZES[0]], [c for c in usual if size_of(c['student'])!=SIZES[0]]
+    small, large = [c for c in usual
+                    if size_of(c['student'])==SIZES[0]], [c for c in usual if size_of(c['student'])!=SIZES[0]]
     named = lambda *names: [c for e in names for c in every[e]]
-    ranked = [small, named('losses','mi1'), large+named('depth','width','heads'), named('ta'), named('get_baseline'), [c for c in every['sizes'] if c not in usual], named(*EXPERIMENTS)]
-    first, later = ([[c for c in g if (c['train']['seed']==scale.seeds[0])==now] for g in ranked] for now in (True,False))
+    ranked = [small, named('losses','mi1'), large+named('depth','width','heads'), named('ta'), named('get_baseline'),
+              [c for c in every['sizes'] if c not in usual], named(*EXPERIMENTS)]
+    first, later = ([[c for c in g if (c['train']['seed']==scale.seeds[0])==now] for g in ranked]
+                    for now in (True,False))
     by_seed = lambda group: sorted(group, key=lambda c: scale.seeds.index(c['train']['seed']))
     return _drop_duplicates([*first[:5], by_seed(later[0]+later[1]), *first[5:], by_seed(later[-1])])
 

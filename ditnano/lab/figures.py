@@ -39,10 +39,14 @@ SERIES = {  # name -> colour, marker, line style
 
 # %% ../../nbs/lab/08_figures.ipynb #8704ab55
 INCHES = {'one':3.35, 'two':6.9}   # Widths of a column and of a page
-RC = {'font.size':8, 'axes.titlesize':8, 'axes.labelsize':8, 'xtick.labelsize':7, 'ytick.labelsize':7, 'legend.fontsize':7,
-      'axes.linewidth':0.6, 'grid.linewidth':0.4, 'grid.color':'#e6e6e6', 'lines.linewidth':1.2, 'lines.markersize':5, 'xtick.major.width':0.6,
-      'ytick.major.width':0.6, 'xtick.major.size':3, 'ytick.major.size':3, 'axes.edgecolor':TEXT_COLOR, 'text.color':TEXT_COLOR, 'axes.labelcolor':TEXT_COLOR,
-      'xtick.color':TEXT_COLOR, 'ytick.color':TEXT_COLOR, 'font.family':'DejaVu Sans', 'pdf.fonttype':42, 'legend.frameon':False, 'savefig.dpi':200, 'figure.dpi':100}
+RC = {'font.size':8, 'axes.titlesize':8, 'axes.labelsize':8, 'xtick.labelsize':7, 'ytick.labelsize':7,
+      'legend.fontsize':7,
+      'axes.linewidth':0.6, 'grid.linewidth':0.4, 'grid.color':'#e6e6e6', 'lines.linewidth':1.2, 'lines.markersize':5,
+      'xtick.major.width':0.6,
+      'ytick.major.width':0.6, 'xtick.major.size':3, 'ytick.major.size':3, 'axes.edgecolor':TEXT_COLOR,
+      'text.color':TEXT_COLOR, 'axes.labelcolor':TEXT_COLOR,
+      'xtick.color':TEXT_COLOR, 'ytick.color':TEXT_COLOR, 'font.family':'DejaVu Sans', 'pdf.fonttype':42,
+      'legend.frameon':False, 'savefig.dpi':200, 'figure.dpi':100}
 
 def theme():
     "Set the house's look for all figures that follow."
@@ -65,7 +69,8 @@ def figure(
 # %% ../../nbs/lab/08_figures.ipynb #17f6dc1e
 PROOF_LABEL = 'proof of path'           # Printed, behind the scale's name, on whatever ranks nothing
 PROOF_SCALES = ('smoke','cifar-path')  # Scales of which that is true
-_TEX = {'\\':r'\textbackslash{}', '&':r'\&', '%':r'\%', '$':r'\$', '#':r'\#', '_':r'\_', '{':r'\{', '}':r'\}', '~':r'\textasciitilde{}',
+_TEX = {'\\':r'\textbackslash{}', '&':r'\&', '%':r'\%', '$':r'\$', '#':r'\#', '_':r'\_', '{':r'\{', '}':r'\}',
+        '~':r'\textasciitilde{}',
         '^':r'\textasciicircum{}', '±':r'$\pm$', '·':r'$\cdot$', '×':r'$\times$', 'λ':r'$\lambda$'}
 
 def escape_tex(text): # Any text
@@ -89,12 +94,14 @@ def format_table(
     for c in (c for c in frame if not (c.endswith(' sd') and c[:-3] in frame)):
         n = (decimals or {}).get(c, 2*(pd.to_numeric(frame[c], errors='coerce').abs().max()<1000))
         out[c] = [_cell(x,n) for x in frame[c]]
-        if f'{c} sd' in frame: out[c] = [f'{a} ± {_cell(s,n)}' if pd.notna(s) else a for a,s in zip(out[c], frame[f'{c} sd'])]
+        if f'{c} sd' in frame:
+            out[c] = [f'{a} ± {_cell(s,n)}' if pd.notna(s) else a for a,s in zip(out[c], frame[f'{c} sd'])]
     return pd.DataFrame(out)
 
 # %% ../../nbs/lab/08_figures.ipynb #b31feea4
 def _align(frame):
-    number = [pd.to_numeric(frame[c], errors='coerce').notna().any() for c in frame if not (c.endswith(' sd') and c[:-3] in frame)]
+    number = [pd.to_numeric(frame[c], errors='coerce').notna().any() for c in frame
+              if not (c.endswith(' sd') and c[:-3] in frame)]
     return ['right' if n else 'left' for n in number]
 
 def _markdown(text, align, title, note):
@@ -126,7 +133,8 @@ def save_table(
     if scale in PROOF_SCALES: note = f'{scale}: {PROOF_LABEL} · {note}'
     text, align = format_table(frame, decimals), _align(frame)
     csv = frame.map(_rounded).assign(stamp=note).to_csv(index=False, lineterminator='\n')
-    made = {'csv':csv, 'md':_markdown(text, align, title or name, note), 'tex':_latex(text, align, title or name, note, name)}
+    made = {'csv':csv, 'md':_markdown(text, align, title or name, note),
+            'tex':_latex(text, align, title or name, note, name)}
     for suffix,content in made.items():
         with atomic(Path(out)/f'{name}.{suffix}') as tmp: tmp.write_text(content)
     return [Path(out)/f'{name}.{s}' for s in made]
@@ -138,8 +146,11 @@ def _stamped(fig, note, proof):
     foot = 0.03+0.108*len(lines)   # inches
     base = foot+0.15*bool(proof)+0.02
     fig.get_layout_engine().set(rect=(0, base/high, 1, 1-base/high))
-    written = [fig.text(0.04/fig.get_figwidth(), 0.03/high, '\n'.join(lines), size=5.5, color='#666666', va='bottom', linespacing=1.25)]
-    if proof: written.append(fig.text(0.04/fig.get_figwidth(), (foot+0.02)/high, proof, size=7.5, weight='bold', color=SERIES['proposed']['color'], va='bottom'))
+    written = [fig.text(0.04/fig.get_figwidth(), 0.03/high, '\n'.join(lines), size=5.5, color='#666666', va='bottom',
+                        linespacing=1.25)]
+    if proof:
+        written.append(fig.text(0.04/fig.get_figwidth(), (foot+0.02)/high, proof, size=7.5, weight='bold',
+                                color=SERIES['proposed']['color'], va='bottom'))
     return written
 
 def save_figure(

@@ -34,7 +34,9 @@ def _cell(path):
     import nbformat
     if not Path(path).is_file(): raise NotebookError(f"no notebook {path}; expected a file")
     tagged = [c for c in nbformat.read(path, 4).cells if 'parameters' in c.metadata.get('tags',[])]
-    if len(tagged)!=1: raise NotebookError(f"{Path(path).name}: {len(tagged)} cells tagged 'parameters'; expected exactly one (nbdev_clean keeps tags only with allowed_cell_metadata_keys = tags)")
+    if len(tagged)!=1:
+        raise NotebookError(f"{Path(path).name}: {len(tagged)} cells tagged 'parameters'; expected exactly one "
+                            "(nbdev_clean keeps tags only with allowed_cell_metadata_keys = tags)")
     return tagged[0].source
 
 def _parse_literals(path, source):
@@ -42,7 +44,9 @@ def _parse_literals(path, source):
     for node in ast.parse(source).body:
         target = getattr(node,'target',None) or (getattr(node,'targets',None) or [None])[0]
         try: out[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError): raise NotebookError(f"{Path(path).name}: parameters, line {node.lineno}: {ast.unparse(node)!r}; expected name = a literal") from None
+        except (AttributeError, ValueError):
+            raise NotebookError(f"{Path(path).name}: parameters, line {node.lineno}: {ast.unparse(node)!r}; expected "
+                                "name = a literal") from None
         json.dumps(out[target.id])
     return out
 
@@ -54,12 +58,15 @@ def parameters(
     from papermill import inspect_notebook
     ours = _parse_literals(notebook, _cell(notebook))
     seen = inspect_notebook(str(notebook))
-    if missed := sorted(set(ours)^set(seen)): raise NotebookError(f"{Path(notebook).name}: papermill cannot read the line of {missed[0]!r}; expected one literal per line, with a single '='")
+    if missed := sorted(set(ours)^set(seen)):
+        raise NotebookError(f"{Path(notebook).name}: papermill cannot read the line of {missed[0]!r}; expected one "
+                            "literal per line, with a single '='")
     return {k:dict(default=v, type=seen[k]['inferred_type_name'], help=seen[k]['help']) for k,v in ours.items()}
 
 # %% ../../nbs/lab/07_notebooks.ipynb #3bea348f
 def _json_type(x):
-    kinds = ((bool,'true or false'), (int,'whole number'), (float,'number'), (str,'text'), ((list,tuple),'list'), (dict,'object'))
+    kinds = ((bool,'true or false'), (int,'whole number'), (float,'number'), (str,'text'), ((list,tuple),'list'),
+             (dict,'object'))
     return next((n for t,n in kinds if isinstance(x,t)), 'null')
 
 def check_parameters(
@@ -69,7 +76,9 @@ def check_parameters(
     "Refuse an unknown name and a value of another type."
     known = parameters(notebook)
     for k,v in given.items():
-        if k not in known: raise NotebookError(f"{Path(notebook).name}: unknown parameter {k!r}; expected one of {', '.join(known) or 'none'}")
+        if k not in known:
+            raise NotebookError(f"{Path(notebook).name}: unknown parameter {k!r}; expected one of "
+                                f"{', '.join(known) or 'none'}")
         default = known[k]['default']
         want, got = _json_type(default), _json_type(v)
         if want not in ('null',got) and not (want=='number' and got=='whole number'):
@@ -84,11 +93,13 @@ def _cell_number(job, index):
     tagged = next(i for i,t in enumerate(tags) if 'parameters' in t)
     return index if job['parameters'] and index>tagged else index+1
 
-KERNEL = 'ditnano'  # Name of the kernel that every notebook gets: this interpreter, whatever `python3` is in JUPYTER_PATH
+# Name of the kernel that every notebook gets: this interpreter, whatever `python3` is in JUPYTER_PATH
+KERNEL = 'ditnano'
 
 def _write_kernel(folder):
     "A kernel of this interpreter in a folder of its own; gives the environment in which it is found first."
-    spec = {'argv':[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], 'display_name':KERNEL, 'language':'python'}
+    spec = {'argv':[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], 'display_name':KERNEL,
+            'language':'python'}
     (folder/'kernels'/KERNEL).mkdir(parents=True)
     (folder/'kernels'/KERNEL/'kernel.json').write_text(json.dumps(spec))
     paths = [str(folder), *filter(None, [os.environ.get('JUPYTER_PATH')])]
@@ -100,7 +111,8 @@ def _run_child():
     from traitlets.config import Config
     job = json.loads(Path(sys.argv[1]).read_text())
     end_with_parent(job['parent'])
-    ipc = Config({'ConnectionFileMixin':{'transport':'ipc', 'ip':str(Path(sys.argv[1]).with_name('k'))}})  # by default 'kernel-ipc' in the working directory, for all alike
+    # by default 'kernel-ipc' in the working directory, for all alike
+    ipc = Config({'ConnectionFileMixin':{'transport':'ipc', 'ip':str(Path(sys.argv[1]).with_name('k'))}})
     how = dict(kernel_name=KERNEL, cwd=job['cwd'], progress_bar=job['bar'], config=ipc)
     try:
         with sigterm_interrupts(): papermill.execute_notebook(job['path'], job['out'], job['parameters'], **how)
@@ -142,7 +154,8 @@ def _spawn(job, folder, log, every, children):
 def _failure_text(path, folder, rc):
     if not (folder/'report.json').is_file():
         last = (folder/'stderr').read_text().strip().splitlines()[-3:]
-        return f"{Path(path).name}: its process ended with status {rc}; expected 0\n" + '\n'.join(f'  {l}' for l in last)
+        lines = '\n'.join(f'  {l}' for l in last)
+        return f"{Path(path).name}: its process ended with status {rc}; expected 0\n{lines}"
     r = json.loads((folder/'report.json').read_text())
     trace = re.sub(r'\x1b\[[0-9;]*m', '', r['trace']).strip().splitlines()
     return f"{Path(path).name}, cell {r['cell']}: {r['error'].strip()}\n" + '\n'.join(f'  {l}' for l in trace[-8:])
@@ -161,7 +174,8 @@ def run_notebook(
     "Run one notebook in a process of its own; a failure names notebook, cell and error."
     given, t0 = check_parameters(path, parameters or {}), time.monotonic()
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    job = dict(path=str(Path(path).resolve()), out=str(Path(out).resolve()), parameters=given, cwd=str(cwd or repo_root()),
+    job = dict(path=str(Path(path).resolve()), out=str(Path(out).resolve()), parameters=given,
+               cwd=str(cwd or repo_root()),
                bar=sys.stderr.isatty() if bar is None else bar)
     with tempfile.TemporaryDirectory(prefix='ditnano', dir=_short_tempdir()) as folder:
         rc = _spawn(job, Path(folder), log, every, children or Children())
@@ -199,7 +213,8 @@ def inputs_hash(
     "Hash of all that a drawing depends on."
     import nbformat
     source = [[c.cell_type,c.source] for c in nbformat.read(notebook, 4).cells]
-    return content_hash(dict(source=source, parameters=parameters, code=_module_hashes('\n'.join(s for _,s in source)), results=_result_hashes(folders, scale)))
+    return content_hash(dict(source=source, parameters=parameters, code=_module_hashes('\n'.join(s for _,s in source)),
+                             results=_result_hashes(folders, scale)))
 
 # %% ../../nbs/lab/07_notebooks.ipynb #a0c9a0a3
 def _output_hashes(stem, out): return {p.name:file_hash(p) for p in sorted(Path(out).glob(f'{stem}[._]*'))}
@@ -216,12 +231,15 @@ def _stage(path): return next((i for i,s in enumerate(STAGES) if s and Path(path
 
 def _notebook_parameters(path, scale, name, runs, out):
     known, every = parameters(path), dict(scale=name, runs=str(runs), out=str(out))
-    return check_parameters(path, {k:v for k,v in every.items() if k in known and v} | scale.experiments.get(Path(path).stem, {}))
+    return check_parameters(path, {k:v for k,v in every.items() if k in known and v}
+                            | scale.experiments.get(Path(path).stem, {}))
 
 def _check_stems(scale, notebooks):
     known = {p.stem for n in notebooks for p in Path(n).resolve().parent.parent.glob('*/[!0-9]*.ipynb')}
     for stem in scale.experiments:
-        if stem not in known: raise NotebookError(f"scale {scale.name}: parameters for {stem!r}; expected one of {', '.join(sorted(known))}")
+        if stem not in known:
+            raise NotebookError(f"scale {scale.name}: parameters for {stem!r}; expected one of "
+                                f"{', '.join(sorted(known))}")
 
 # %% ../../nbs/lab/07_notebooks.ipynb #83ac9a3a
 def _run_stage_notebook(path, params, scale, runs, out, force, bar, log, children):
@@ -233,7 +251,8 @@ def _run_stage_notebook(path, params, scale, runs, out, force, bar, log, childre
         return dict(notebook=stem, seconds=0., skipped=True)
     note.unlink(missing_ok=True)
     seconds = round(run_notebook(path, copies/f'{stem}.ipynb', params, bar=bar, log=log, children=children), 1)
-    write_json(note, dict(inputs=now, outputs=_output_hashes(stem, out) if drawn else {}, parameters=params, seconds=seconds))
+    write_json(note, dict(inputs=now, outputs=_output_hashes(stem, out) if drawn else {}, parameters=params,
+                          seconds=seconds))
     log(f'{stem}: {seconds} s')
     return dict(notebook=stem, seconds=seconds, skipped=False)
 
@@ -245,7 +264,8 @@ def _run_all(workers, paths, one, children):
         try:
             for j in jobs:
                 try: done.append(j.result())
-                except Exception as e: errors.append(str(e) if isinstance(e, NotebookError) else f'{type(e).__name__}: {e}')
+                except Exception as e:
+                    errors.append(str(e) if isinstance(e, NotebookError) else f'{type(e).__name__}: {e}')
         except BaseException:
             children.stop()
             raise
@@ -255,7 +275,7 @@ def _run_all(workers, paths, one, children):
 # %% ../../nbs/lab/07_notebooks.ipynb #ff4829fb
 def run_notebooks(
     notebooks,         # Paths
-    scale='smoke',     # Name of a scale, path of its YAML file, 'best' for drawings of the best that has been run, or a committed Scale with other parameters
+    scale='smoke',     # A scale's name or YAML file, 'best' to draw the best that has been run, or a Scale
     workers:int=1,     # Notebooks at a time
     runs='',           # Folder of runs; `runs/` in the repository by default
     out='',            # Folder of figures; `paper_figures/` in the repository by default
@@ -265,15 +285,18 @@ def run_notebooks(
     "Run notebooks at a scale: experiments first, drawings last, and those only where something changed."
     loaded = scale if isinstance(scale, Scale) else Scale('best') if scale=='best' else load_scale(scale)
     name = str(Path(scale).resolve()) if str(scale).endswith(('.yaml','.yml')) else loaded.name
-    runs, out = (str(Path(p or default()).resolve()) for p,default in ((runs,runs_dir), (out,figures_dir)))   # a kernel has another working directory
+    # a kernel has another working directory
+    runs, out = (str(Path(p or default()).resolve()) for p,default in ((runs,runs_dir), (out,figures_dir)))
     _check_stems(loaded, notebooks)
     params = {p:_notebook_parameters(p, loaded, name, runs, out) for p in map(Path, notebooks)}
     children, made = Children(), []
-    how = dict(scale=loaded.name, runs=Path(runs), out=Path(out), force=force, bar=None if workers==1 else False, log=log, children=children)
+    how = dict(scale=loaded.name, runs=Path(runs), out=Path(out), force=force, bar=None if workers==1 else False,
+               log=log, children=children)
     def one(path): return _run_stage_notebook(path, params[path], **how)
     try:
         with sigterm_interrupts():
-            for stage in range(len(STAGES)): made += _run_all(workers, [p for p in params if _stage(p)==stage], one, children)
+            for stage in range(len(STAGES)):
+                made += _run_all(workers, [p for p in params if _stage(p)==stage], one, children)
     except KeyboardInterrupt:
         log(f'stopped after {len(made)} notebooks; the same command resumes')
         raise

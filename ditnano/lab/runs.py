@@ -15,17 +15,22 @@ import time
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import DiTConfig, GETConfig
 from ..principles import count_params
 from ..repro import atomic, code_version, content_hash, library_versions, lock, read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas
 
 # %% ../../nbs/lab/00_runs.ipynb #c51e3517
 def run_key(
     config:dict, # Everything that decides the result; what JSON can hold
 )->str: # 12 hexadecimal digits
     "The name of a run: the content hash of its configuration."
-    if not isinstance(config, dict) or not config: raise ValueError(f"config {config!r}: expected a dictionary that is not empty")
+    if not isinstance(config, dict) or not config:
+        raise ValueError(f"config {config!r}: expected a dictionary that is not empty")
     return content_hash(config)
 
 # %% ../../nbs/lab/00_runs.ipynb #c80f5885
@@ -37,7 +42,8 @@ class Run:
     config:dict # Everything that decides the result
 
     def __post_init__(self):
-        if not re.fullmatch('[a-z][a-z0-9_]*', self.kind): raise ValueError(f"kind {self.kind!r}: expected small letters, digits and _")
+        if not re.fullmatch('[a-z][a-z0-9_]*', self.kind):
+            raise ValueError(f"kind {self.kind!r}: expected small letters, digits and _")
         object.__setattr__(self, 'config', json.loads(json.dumps(self.config, allow_nan=False)))
 
     @property
@@ -69,9 +75,11 @@ RESULT_FIELDS = ('metrics','samples','latency','artefacts','device')
 
 def _check_result(name, folder, got):
     got = dict(metrics={}, samples=0, latency=None, artefacts=[], device={}) | _plain(got or {})
-    if unknown := sorted(set(got)-set(RESULT_FIELDS)): raise ValueError(f"{name}: compute returned {unknown[0]!r}; expected {', '.join(RESULT_FIELDS)}")
+    if unknown := sorted(set(got)-set(RESULT_FIELDS)):
+        raise ValueError(f"{name}: compute returned {unknown[0]!r}; expected {', '.join(RESULT_FIELDS)}")
     for k,v in got['metrics'].items():
-        if isinstance(v,bool) or not isinstance(v,(int,float)) or not math.isfinite(v): raise ValueError(f"{name}: metric {k!r} is {v!r}; expected a finite number")
+        if isinstance(v,bool) or not isinstance(v,(int,float)) or not math.isfinite(v):
+            raise ValueError(f"{name}: metric {k!r} is {v!r}; expected a finite number")
     for a in got['artefacts']:
         if not (folder/a).is_file(): raise ValueError(f"{name}: no artefact {a!r}; expected a file in {folder}")
     if isinstance(got['device'], str): got['device'] = {'device':got['device']}
@@ -85,9 +93,12 @@ def read_result(
     if not path.is_file(): return None
     record = read_json(path)
     again = 'expected what run_once writes; move the folder away to run again'
-    if missing := sorted({'key','kind','config','metrics'}-set(record)): raise ValueError(f"{path}: no {missing[0]!r}; {again}")
-    if run_key(record['config'])!=record['key']: raise ValueError(f"{path}: its config does not hash to its key {record['key']}; {again}")
-    if 'sha256' in record and record['sha256']!=_seal(record): raise ValueError(f"{path}: damaged or altered since it was written; {again}")
+    if missing := sorted({'key','kind','config','metrics'}-set(record)):
+        raise ValueError(f"{path}: no {missing[0]!r}; {again}")
+    if run_key(record['config'])!=record['key']:
+        raise ValueError(f"{path}: its config does not hash to its key {record['key']}; {again}")
+    if 'sha256' in record and record['sha256']!=_seal(record):
+        raise ValueError(f"{path}: damaged or altered since it was written; {again}")
     return record
 
 def _seal(record):
@@ -102,7 +113,8 @@ def _write_result(folder, record):
 # %% ../../nbs/lab/00_runs.ipynb #e015b52f
 def _existing_result(run, record, scale):
     stored = read_json(run.folder/'config.json')
-    if stored!=run.config: raise ValueError(f"{run.folder}/config.json: another configuration; expected the one that hashes to {run.key}")
+    if stored!=run.config:
+        raise ValueError(f"{run.folder}/config.json: another configuration; expected the one that hashes to {run.key}")
     scales = [record['scale'], *record.get('also', [])]
     if scale and scale not in scales:
         record['also'] = [*scales[1:], scale]
@@ -121,7 +133,8 @@ def _compute(run, compute, name, scale, seed):
     got = _check_result(f'{run.kind}-{run.key}', run.folder, compute(run.folder))
     when = dict(seconds=round(time.monotonic()-t0,3), started=start.isoformat(timespec='seconds'), resumed=resumed)
     record = dict(key=run.key, kind=run.kind, name=name, scale=scale, seed=seed, config=run.config, code=code_version(),
-                  versions=library_versions(), device=got['device'], **when, **{k:got[k] for k in RESULT_FIELDS if k!='device'})
+                  versions=library_versions(), device=got['device'], **when,
+                  **{k:got[k] for k in RESULT_FIELDS if k!='device'})
     return _write_result(run.folder, record)
 
 # %% ../../nbs/lab/00_runs.ipynb #363ab788
@@ -135,13 +148,14 @@ def run_once(
     seed:int=0,       # The seed, for columns; it must also stand in `config`
     force:bool=False, # Throw away what is there and compute again
     wait:float=math.inf, # Seconds to wait for another process that computes it
-    is_complete=lambda folder: True, # Says of a finished run's folder whether all that is needed is there; if not, it is computed again
+    is_complete=lambda folder: True, # Whether a finished run's folder has all that is needed; if not, compute again
 )->dict: # The record, as in result.json
     "Compute a run unless it is done; a failed attempt leaves no result and is tried again."
     run = Run(root, kind, config)
     run.folder.mkdir(parents=True, exist_ok=True)
     record = None if force else read_result(run.folder)
-    if record and is_complete(run.folder) and scale in ('', record['scale']): return _existing_result(run, record, scale)
+    if record and is_complete(run.folder) and scale in ('', record['scale']):
+        return _existing_result(run, record, scale)
     with run_lock(run.folder, wait):
         record = read_result(run.folder)
         if force or record and not is_complete(run.folder): _clear(run.folder)
@@ -158,7 +172,8 @@ def _model(s): # which network; only GET has equilibrium layers
 def _student(s):
     heads, model = s.get('heads'), _model(s)
     if isinstance(heads, list): heads = '-'.join(map(str,heads))   # one per layer
-    row = dict(depth=s.get('depth'), width=s.get('width'), heads=heads, params=None, mlp_ratio=None, steps=None, model=model,
+    row = dict(depth=s.get('depth'), width=s.get('width'), heads=heads, params=None, mlp_ratio=None, steps=None,
+               model=model,
                image_size=s.get('image_size'))
     if not model: return row                                       # no student, or one of a kind unknown here
     cfg = MODELS[model].from_dict(s)
@@ -171,27 +186,34 @@ def _name_of(x):
 def _training_columns(c):
     train, ev, pairs = c.get('train') or {}, c.get('eval') or {}, c.get('pairs') or {}
     seeds, options = pairs.get('seeds'), c.get('options')
-    return dict(loss=_name_of(c.get('loss')), recipe=c.get('recipe'), images=train.get('images'), batch=train.get('batch'), lr=train.get('lr'),
-                data=_name_of(c.get('data')), teacher=_name_of(c.get('teacher')), pairs=seeds[1]-seeds[0] if seeds else None,
+    return dict(loss=_name_of(c.get('loss')), recipe=c.get('recipe'), images=train.get('images'),
+                batch=train.get('batch'), lr=train.get('lr'),
+                data=_name_of(c.get('data')), teacher=_name_of(c.get('teacher')),
+                pairs=seeds[1]-seeds[0] if seeds else None,
                 guidance=ev.get('guidance', c.get('guidance')), judges=', '.join(ev.get('judges') or []) or None,
                 options=json.dumps(options, sort_keys=True, separators=(',',':')) if options else '')
 
 def _machine_label(card):
     if not isinstance(card, dict): return card
     name = card.get('device_name') or card.get('device')
-    return f"{name}, {card['threads']} thread{'s'*(card['threads']!=1)}" if card.get('device')=='cpu' and card.get('threads') else name
+    if card.get('device')!='cpu' or not card.get('threads'): return name
+    return f"{name}, {card['threads']} thread{'s'*(card['threads']!=1)}"
 
 def _latency_columns(c, latency):
     every = {k:latency.get(k) for k in ('seconds_50k','p50_ms','p90_ms','p99_ms','images_per_s')}
-    setting = {f'latency_{k}':latency.get(k, c.get(k)) for k in ('batch','batches','settled','guidance','precision','backend','attention')}
+    names = ('batch','batches','settled','guidance','precision','backend','attention')
+    setting = {f'latency_{k}':latency.get(k, c.get(k)) for k in names}
     setting['latency_size'] = (c.get('student') or {}).get('image_size')
     return (every | setting | dict(card=_machine_label(latency.get('card')))) if latency else {}
 
 # %% ../../nbs/lab/00_runs.ipynb #6f3e95e3
 def _row(record, folder):
-    return dict(**{k:record[k] for k in ('kind','name','scale','seed')}, **_student(record['config'].get('student') or {}),
-                **_training_columns(record['config']), samples=record['samples'] or None, **record['metrics'], **_latency_columns(record['config'], record['latency'] or {}),
-                seconds=record['seconds'], device=_machine_label(record['device']), key=record['key'], folder=str(folder))
+    return dict(**{k:record[k] for k in ('kind','name','scale','seed')},
+                **_student(record['config'].get('student') or {}),
+                **_training_columns(record['config']), samples=record['samples'] or None, **record['metrics'],
+                **_latency_columns(record['config'], record['latency'] or {}),
+                seconds=record['seconds'], device=_machine_label(record['device']), key=record['key'],
+                folder=str(folder))
 
 def collect(
     *roots, # Folders of runs, e.g. `runs/` and `paper_figures/evidence/`; one that is not there counts as empty
@@ -203,8 +225,11 @@ def collect(
         record = read_result(folder)
         found.setdefault(folder.name, (record, folder))
     rows = [_row(r|{'scale':scale}, f) for r,f in found.values() for scale in (r['scale'], *r.get('also',[]))]
-    if not rows: return pd.DataFrame(columns=['kind','name','scale','seed','depth','width','heads','params','mlp_ratio','steps','model','recipe','options','key','folder'])
-    frame = pd.DataFrame(rows).sort_values(['scale','kind','params','depth','seed','key'], kind='stable', ignore_index=True)
+    if not rows:
+        return pd.DataFrame(columns=['kind','name','scale','seed','depth','width','heads','params','mlp_ratio','steps',
+                                     'model','recipe','options','key','folder'])
+    frame = pd.DataFrame(rows).sort_values(['scale','kind','params','depth','seed','key'], kind='stable',
+                                           ignore_index=True)
     whole = [c for c in ('depth','width','params','steps','images','batch','samples','pairs','seed') if c in frame]
     return frame.astype({c:'Int64' for c in whole})
 

@@ -22,7 +22,8 @@ from .processes import Children, end_with_parent, sigterm_interrupts
 from .runs import Run, read_result
 
 # %% ../../nbs/lab/04_sweep.ipynb #8e2bee8b
-SHUTDOWN_MARGIN_S = 45  # Seconds before the limit at which training stops, so that evaluation ends in time; a tenth of a shorter limit
+# Seconds before the limit at which training stops, so that evaluation ends in time; a tenth of a shorter limit
+SHUTDOWN_MARGIN_S = 45
 HELD = 'held by another process'
 
 def _deadline(minutes): return math.inf if minutes==math.inf else time.monotonic()+60*minutes
@@ -66,9 +67,12 @@ class _LocalProcesses:
         pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         process = self.children.start([sys.executable, '-c', _PROGRAM], env=_child_environment(self.workers), **pipe)
         try: out, err = process.communicate(json.dumps(job), timeout=limit)
-        except subprocess.TimeoutExpired: return 'ended at the limit during evaluation or waiting, resumes at the next call'
+        except subprocess.TimeoutExpired:
+            return 'ended at the limit during evaluation or waiting, resumes at the next call'
         finally: self.children.end(process)
-        if process.returncode: raise RuntimeError((err.strip().splitlines() or [f'its process ended with status {process.returncode}'])[-1])
+        if process.returncode:
+            raise RuntimeError((err.strip().splitlines()
+                                or [f'its process ended with status {process.returncode}'])[-1])
         return json.loads(out.splitlines()[-1])
 
 # %% ../../nbs/lab/04_sweep.ipynb #3faeb77b
@@ -104,7 +108,8 @@ class _Queue:
             n, config = item
             try: self.done(n, compute(config, wait=2. if n in self.held else 0.))
             except InterruptedError: return
-            except Exception as e: self.failures[n] = f"{Run(self.root,'distill',config).folder.name}: {type(e).__name__}: {e}"
+            except Exception as e:
+                self.failures[n] = f"{Run(self.root,'distill',config).folder.name}: {type(e).__name__}: {e}"
 
 def _short_result(record):
     return ', '.join(f'{k} {v:.3g}' for k,v in record['metrics'].items()) + f" ({record['seconds']:.0f} s)"
@@ -133,7 +138,8 @@ def slurm_settings(
     settings = {}
     for text in pairs:
         key, equals, value = text.partition('=')
-        if not equals or not key.isidentifier(): raise ValueError(f'slurm: {text!r}; expected key=value, as in slurm_partition=gpu')
+        if not equals or not key.isidentifier():
+            raise ValueError(f'slurm: {text!r}; expected key=value, as in slurm_partition=gpu')
         settings[key] = int(value) if value.isdigit() else value
     return settings
 
@@ -146,7 +152,8 @@ class _SlurmRun:
         return DelayedSubmission(self, *run)   # the run resumes from its own checkpoint
 
 def _submit(configs, root, scale, device, minutes, cluster=None, **parameters):
-    try: import submitit
+    try:
+        import submitit
     except ImportError: raise RuntimeError("executor='slurm' needs submitit: pip install 'ditnano[cluster]'") from None
     executor = submitit.AutoExecutor(folder=Path(root)/'slurm', cluster=cluster)
     limit = SLURM_MINUTES if minutes==math.inf else minutes
@@ -176,21 +183,24 @@ def _work_on_slurm(queue, root, scale, device, minutes, options):
     pending = {n:c for n,c in queue.todo if not read_result(Run(root,'distill',c).folder)}
     for n,c in queue.todo:
         if n not in pending: queue.done(n, _run_one(c, root, scale, device, 0))
-    jobs = dict(zip(pending, _submit(list(pending.values()), root, scale, device, minutes, **options))) if pending else {}
+    submitted = _submit(list(pending.values()), root, scale, device, minutes, **options) if pending else []
+    jobs = dict(zip(pending, submitted))
     try:
         for n,job in jobs.items():
             try: queue.done(n, _await_job(job, 0.1 if options.get('cluster')=='debug' else 5.))
-            except Exception as e: queue.failures[n] = f"{Run(root,'distill',pending[n]).folder.name}: {type(e).__name__}: {e}"
+            except Exception as e:
+                queue.failures[n] = f"{Run(root,'distill',pending[n]).folder.name}: {type(e).__name__}: {e}"
     except BaseException:
         for job in jobs.values(): job.cancel()
         raise
 
 # %% ../../nbs/lab/04_sweep.ipynb #8989a33c
-EXECUTORS = ('inline','local','slurm')
+EXECUTORS = ('inline','processes','slurm')
 
 def _check_sweep(executor, world):
-    if executor not in EXECUTORS: raise ValueError(f"executor={executor!r}; expected 'inline', 'local' or 'slurm'")
-    if world>1 and executor!='inline': raise ValueError(f"executor={executor!r} in {world} processes; expected 'inline' under accelerate launch")
+    if executor not in EXECUTORS: raise ValueError(f"executor={executor!r}; expected {', '.join(EXECUTORS)}")
+    if world>1 and executor!='inline':
+        raise ValueError(f"executor={executor!r} in {world} processes; expected 'inline' under accelerate launch")
 
 def _split_known(configs, root, evidence):
     "What is to be computed or found here, and the records of what was finished elsewhere."
@@ -202,15 +212,15 @@ def _split_known(configs, root, evidence):
 
 # %% ../../nbs/lab/04_sweep.ipynb #02cb37a5
 def sweep(
-    configs,               # Configurations of `distill_config`, or lists of them, the more valuable first (`priority_groups`)
+    configs,               # Of `distill_config`, or lists of them, the more valuable first (`priority_groups`)
     root,                  # Folder of runs
     scale:str,             # Name of the scale
-    executor:str='inline', # 'inline', 'local' (processes) or 'slurm'
-    workers:int=None,      # Processes with 'local'; default 4 on a GPU, one per core elsewhere
+    executor:str='inline', # 'inline', 'processes' or 'slurm'
+    workers:int=None,      # With 'processes'; default 4 on a GPU, one per core elsewhere
     minutes:float=math.inf, # When this time is up start no run, and stop those in progress with a checkpoint
     device:str='auto',     # Where each run computes
     log=print,             # Called with one line per run
-    evidence_folder=(),    # Another folder of finished runs, or several, such as the committed evidence; not computed again
+    evidence_folder=(),    # Another folder of finished runs, or several, as the committed evidence; not computed again
     **slurm,               # Settings of submitit's executor
 )->list: # Records of the finished runs, known ones first
     "Compute the missing runs; a failed one does not stop the others, and is named at the end."
@@ -219,15 +229,18 @@ def sweep(
     if rank: log = lambda line: None
     evidence = [evidence_folder] if isinstance(evidence_folder, (str, Path)) else list(evidence_folder)
     configs, elsewhere = _split_known(_resumable_first(configs, root), root, evidence)
-    if elsewhere: log(f"{len(elsewhere)} run{'s'*(len(elsewhere)>1)} found in {' and '.join(Path(f).name for f in evidence)}")
+    if elsewhere:
+        log(f"{len(elsewhere)} run{'s'*(len(elsewhere)>1)} found in {' and '.join(Path(f).name for f in evidence)}")
     queue, deadline = _Queue(configs, root, log), _deadline(minutes-_shutdown_margin(minutes)/60)
-    def inline(config, wait): return _run_one(config, root, scale, device, _minutes_left(deadline), math.inf if world>1 else wait)
-    local = _LocalProcesses(workers or _default_workers(device), _shutdown_margin(minutes)) if executor=='local' else None
+    def inline(config, wait):
+        return _run_one(config, root, scale, device, _minutes_left(deadline), math.inf if world>1 else wait)
+    workers = workers or (_default_workers(device) if executor=='processes' else 1)
+    local = _LocalProcesses(workers, _shutdown_margin(minutes))
     def in_process(config, wait): return local(config, root, scale, device, _minutes_left(deadline), wait)
     try:
         with sigterm_interrupts():
             if executor=='slurm': _work_on_slurm(queue, root, scale, device, minutes, slurm)
-            elif executor=='local': _work_locally(queue, in_process, local)
+            elif executor=='processes': _work_locally(queue, in_process, local)
             else: queue.work(inline)
     except KeyboardInterrupt:
         log(f'stopped: {len(queue.outcomes)} of {len(configs)} runs looked at; the same command resumes')

@@ -1,4 +1,4 @@
-"""What other people's code relies on, written as a stranger would: from the documented names, with numbers computed here.
+"""What other people's code relies on, as a stranger would write it, from the documented names.
 
 Nothing below looks inside the rooms. Where a table of values stands, it was worked out by hand or taken from the paper.
 """
@@ -16,7 +16,8 @@ import pytest
 import torch
 
 # depth, width, heads, parameters, seconds for 50,000 images on the paper's Jetson (Table 6)
-ROWS = [(1,128,8,416652,97.5), (2,96,8,415308,123.6), (5,64,4,421068,162.6), (5,64,8,421068,198.7), (9,48,6,413148,259.0),
+ROWS = [(1,128,8,416652,97.5), (2,96,8,415308,123.6), (5,64,4,421068,162.6), (5,64,8,421068,198.7),
+        (9,48,6,413148,259.0),
         (21,32,4,417900,411.7), (3,192,12,2215884,233.2), (7,128,8,2197644,322.6), (13,96,8,2255916,493.7),
         (4,256,16,5071884,367.6), (16,128,8,4869132,657.9), (7,192,12,4881612,460.9), (7,192,12,4881612,458.6)]
 
@@ -44,7 +45,8 @@ def teacher():
     from ditnano.dit import randomize_weights
     from ditnano.edm import EDMPrecond
     from ditnano.unet import SongUNet
-    return randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1, dropout=0.))), seed=1).eval()
+    return randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1,
+                                                            dropout=0.))), seed=1).eval()
 
 
 # repro and config -------------------------------------------------------------------------------------------------
@@ -64,7 +66,8 @@ def test_config_round_trip():
     cfg = DiTConfig(5, 64)
     assert DiTConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
     assert cfg.hash != DiTConfig(5, 64, heads=4).hash
-    assert (cfg.image_size, cfg.patch, cfg.channels, cfg.classes, cfg.mlp_ratio, cfg.label_dropout, cfg.learn_sigma) == (32, 2, 3, 10, 4.0, 0.1, False)
+    assert (cfg.image_size, cfg.patch, cfg.channels, cfg.classes, cfg.mlp_ratio, cfg.label_dropout,
+            cfg.learn_sigma) == (32, 2, 3, 10, 4.0, 0.1, False)
     with pytest.raises(AttributeError): cfg.depth = 6
     with pytest.raises(ValueError, match='heads'): DiTConfig(5, 64, heads=5)
     with pytest.raises(ValueError, match='dpeth'): DiTConfig.from_dict({'dpeth':5, 'width':64})
@@ -118,7 +121,8 @@ def test_propose():
     with pytest.raises(ValueError, match='max_params'): propose(10)
 
 
-@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'lab.runs', 'lab.evidence', 'lab.figures', 'lab.notebooks'])
+@pytest.mark.parametrize('room', ['repro', 'config', 'paper', 'principles', 'lab.runs', 'lab.evidence', 'lab.figures',
+                                  'lab.notebooks'])
 def test_light_rooms_import_without_torch(room):
     done = run('-c', f"import sys, ditnano.{room}; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr or 'torch came along'
@@ -131,7 +135,8 @@ def state_dict_names(d, w):
     linear = {'t_embedder.mlp.0':(w,256), 't_embedder.mlp.2':(w,w)}
     linear |= {f'blocks.{i}.{k}':s for i in range(d) for k,s in block.items()}
     linear |= {'final_layer.linear':(12,w), 'final_layer.adaLN_modulation.1':(2*w,w)}
-    out = {'pos_embed':(1,256,w), 'x_embedder.proj.weight':(w,3,2,2), 'x_embedder.proj.bias':(w,), 'y_embedder.embedding_table.weight':(11,w)}
+    out = {'pos_embed':(1,256,w), 'x_embedder.proj.weight':(w,3,2,2), 'x_embedder.proj.bias':(w,),
+           'y_embedder.embedding_table.weight':(11,w)}
     for k,(o,i) in linear.items(): out |= {f'{k}.weight':(o,i), f'{k}.bias':(o,)}
     return out
 
@@ -151,10 +156,12 @@ def reference_forward(s, x, t, y, depth, heads):
     lin = lambda v, k: F.linear(v, s[k+'.weight'], s[k+'.bias'])
     norm = lambda v: F.layer_norm(v, v.shape[-1:], eps=1e-6)
     n, w = len(x), s['pos_embed'].shape[-1]
-    h = F.conv2d(x, s['x_embedder.proj.weight'], s['x_embedder.proj.bias'], stride=2).flatten(2).transpose(1,2) + s['pos_embed']
+    h = F.conv2d(x, s['x_embedder.proj.weight'], s['x_embedder.proj.bias'],
+                 stride=2).flatten(2).transpose(1,2) + s['pos_embed']
     f = torch.exp(-math.log(10000)*torch.arange(128)/128)
     code = torch.cat([(t[:,None]*f).cos(), (t[:,None]*f).sin()], 1)
-    c = F.silu(lin(F.silu(lin(code, 't_embedder.mlp.0')), 't_embedder.mlp.2') + s['y_embedder.embedding_table.weight'][y])
+    c = F.silu(lin(F.silu(lin(code, 't_embedder.mlp.0')), 't_embedder.mlp.2')
+               + s['y_embedder.embedding_table.weight'][y])
     for i in range(depth):
         b = f'blocks.{i}.'
         s1,c1,g1,s2,c2,g2 = (m[:,None] for m in lin(c, b+'adaLN_modulation.1').chunk(6, 1))
@@ -220,7 +227,8 @@ def test_the_papers_teacher():
     from ditnano.config import UNetConfig
     from ditnano.edm import EDMPrecond
     from ditnano.unet import SongUNet
-    net = EDMPrecond(SongUNet(UNetConfig(model_channels=128, channel_mult=(2,2,2), num_blocks=4, attn_resolutions=(16,), dropout=0.13, augment_dim=9, label_dim=10)))
+    net = EDMPrecond(SongUNet(UNetConfig(model_channels=128, channel_mult=(2,2,2), num_blocks=4, attn_resolutions=(16,),
+                                         dropout=0.13, augment_dim=9, label_dim=10)))
     state = net.state_dict()
     assert sum(p.numel() for p in net.parameters()) == 55_735_299 and len(state) == 427
     assert all(k.startswith('model.') for k in state)
@@ -232,8 +240,10 @@ def test_the_papers_teacher():
 def test_preconditioning(teacher):
     x, y = torch.randn(2, 3, 32, 32), torch.eye(10)[:2]
     assert teacher(x, torch.tensor([1., 2.]), y).std() > 0.1
-    torch.testing.assert_close(teacher(x, torch.tensor(1e-4), y), x, rtol=1e-2, atol=1e-2)  # no noise, nothing to remove
-    torch.testing.assert_close(teacher(x, torch.tensor(1.), y)[:1], teacher(x[:1], torch.tensor(1.), y[:1]), rtol=1e-3, atol=1e-3)
+    # no noise, nothing to remove
+    torch.testing.assert_close(teacher(x, torch.tensor(1e-4), y), x, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(teacher(x, torch.tensor(1.), y)[:1], teacher(x[:1], torch.tensor(1.), y[:1]), rtol=1e-3,
+                               atol=1e-3)
 
 
 def test_heun_sampler_on_a_gaussian():
@@ -274,18 +284,22 @@ class Posix:
 def released(path, net, kwargs):
     "A file in the released form: plain pickle, objects by a function of a module that no reader needs to have."
     def persistent(obj, state, given):
-        parts = dict(_parameters={k:v for k,v in obj._parameters.items()}, _buffers=dict(obj._buffers), _modules=state, training=False, _init_args=(), _init_kwargs=given)
-        return Persistent(type='class', version=6, module_src='raise SystemExit("executed")', class_name=type(obj).__name__, state=parts)
+        parts = dict(_parameters={k:v for k,v in obj._parameters.items()}, _buffers=dict(obj._buffers), _modules=state,
+                     training=False, _init_args=(), _init_kwargs=given)
+        return Persistent(type='class', version=6, module_src='raise SystemExit("executed")',
+                          class_name=type(obj).__name__, state=parts)
     def tree(m): return {k:persistent(c, tree(c), dict(kwargs) if k == 'model' else {}) for k,c in m._modules.items()}
     module = types.ModuleType('torch_utils.persistence')
     def _reconstruct_persistent_obj(meta): raise AssertionError('never called')
-    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = module.__name__, '_reconstruct_persistent_obj'
+    _reconstruct_persistent_obj.__module__ = module.__name__
+    _reconstruct_persistent_obj.__qualname__ = '_reconstruct_persistent_obj'
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj
     class Persistent:
         def __init__(self, **meta): self.meta = meta
         def __reduce__(self): return _reconstruct_persistent_obj, (self.meta,)
     stand_in = {'torch_utils':types.ModuleType('torch_utils'), module.__name__:module}
-    with mock.patch.dict(sys.modules, stand_in): path.write_bytes(pickle.dumps({'ema':persistent(net, tree(net), dict(img_resolution=32))}, protocol=4))
+    with mock.patch.dict(sys.modules, stand_in):
+        path.write_bytes(pickle.dumps({'ema':persistent(net, tree(net), dict(img_resolution=32))}, protocol=4))
 
 
 def test_a_released_teacher_is_read_and_nothing_in_it_runs(tmp_path, monkeypatch):
@@ -295,7 +309,8 @@ def test_a_released_teacher_is_read_and_nothing_in_it_runs(tmp_path, monkeypatch
     from ditnano.interop.checkpoint import read_checkpoint
     from ditnano.unet import SongUNet
     monkeypatch.chdir(tmp_path)
-    net = randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1))), seed=2)
+    net = randomize_weights(EDMPrecond(SongUNet(UNetConfig(model_channels=16, channel_mult=(1,1), num_blocks=1))),
+                            seed=2)
     released(tmp_path/'net.pkl', net, dict(model_channels=16))
     state, info = read_checkpoint(tmp_path/'net.pkl')
     assert list(state) == list(net.state_dict()) and all(torch.equal(v, net.state_dict()[k]) for k,v in state.items())
@@ -330,16 +345,19 @@ def test_get_model(tmp_path):
     assert sum(p.numel() for p in GET(GETConfig(depth=7, width=192, heads=12)).parameters()) == 5_284_044
     net = randomize_weights(GET(GETConfig(depth=1, width=32, heads=4, eq_depth=2, eq_mlp_ratio=2.0)), seed=4)
     names = list(net.state_dict())
-    assert names[:4] == ['pos_embed', 'x_embedder.proj.weight', 'x_embedder.proj.bias', 'y_embedder.embedding_table.weight'] and 'qkv_inj.weight' in names
+    assert names[:4] == ['pos_embed', 'x_embedder.proj.weight', 'x_embedder.proj.bias',
+                         'y_embedder.embedding_table.weight'] and 'qkv_inj.weight' in names
     z, y = torch.randn(3, 3, 32, 32), torch.tensor([0, 4, 9])
     torch.manual_seed(7)
     six, start = net.train()(z, y), None
     torch.manual_seed(7)
-    assert len(six) == 6 and all(x.shape == z.shape for x in six) and all(torch.equal(a, b) for a,b in zip(six, net(z, y)))
+    assert len(six) == 6 and all(x.shape == z.shape for x in six)
+    assert all(torch.equal(a, b) for a,b in zip(six, net(z, y)))
     torch.manual_seed(7)
     image = net.eval()(z, y)
     assert image.shape == z.shape and image.std() > 0.1
-    assert all(any(torch.allclose(image[n], x[n], rtol=1e-4, atol=1e-4) for x in six) for n in range(3))  # one of the six states, sample by sample
+    # one of the six states, sample by sample
+    assert all(any(torch.allclose(image[n], x[n], rtol=1e-4, atol=1e-4) for x in six) for n in range(3))
     net.save_pretrained(tmp_path/'get')
     start = torch.randn(3, 256, 32)
     torch.testing.assert_close(GET.from_pretrained(tmp_path/'get')(z, y, z0=start), net(z, y, z0=start))
@@ -351,7 +369,8 @@ def test_get_model(tmp_path):
 def test_digits():
     from ditnano.images import load_images
     train, held = load_images('digits32'), load_images('digits32', split='test')
-    assert train.images.dtype == torch.uint8 and train.images.shape[1:] == (3, 32, 32) and train.labels.dtype == torch.int64
+    assert train.images.dtype == torch.uint8 and train.images.shape[1:] == (3, 32, 32)
+    assert train.labels.dtype == torch.int64
     assert len(train) + len(held) == 1797 and train.hash != held.hash and len(train.hash) == 64
     assert sorted(set(train.labels.tolist())) == list(range(10))
     with pytest.raises(ValueError, match='digits32'): load_images('imagenet')
@@ -371,7 +390,8 @@ def test_pairs(teacher, tmp_path):
     make_pairs(teacher, range(6), tmp_path/'pairs', steps=3, shard=4, batch=3, name='stranger', device='cpu')
     data = PairDataset(tmp_path/'pairs')
     z, x, y = data[4]
-    assert len(data) == 6 and z.dtype == x.dtype == torch.float32 and z.shape == x.shape == (3, 32, 32) and isinstance(y, int)
+    assert len(data) == 6 and z.dtype == x.dtype == torch.float32 and z.shape == x.shape == (3, 32, 32)
+    assert isinstance(y, int)
     noise, labels = noise_and_labels([4])
     assert torch.equal(z, noise[0]) and y == int(labels[0])
     alone = heun_sampler(teacher, noise, torch.eye(10)[labels], steps=3)[0]
@@ -385,7 +405,8 @@ def test_pairs_as_get_publishes_them(tmp_path):
     from ditnano.interop.get_pairs import import_get_pairs
     from ditnano.pairs import PairDataset
     g = torch.Generator().manual_seed(0)
-    z, x, y = torch.randn(40, 3, 32, 32, generator=g), torch.rand(40, 3, 32, 32, generator=g)*2.2-1.1, torch.randint(10, (40,), generator=g)
+    z, x = torch.randn(40, 3, 32, 32, generator=g), torch.rand(40, 3, 32, 32, generator=g)*2.2-1.1
+    y = torch.randint(10, (40,), generator=g)
     for folder in ('latent', 'image'): (tmp_path/'get'/folder).mkdir(parents=True)
     for name,part in (('000000019', slice(0, 20)), ('000000039', slice(20, 40))):
         torch.save([z[part].clone(), torch.eye(10)[y[part]]], tmp_path/'get'/'latent'/f'{name}.pkl')
@@ -409,7 +430,8 @@ def test_plain_losses():
     with pytest.raises(ValueError, match='L3'): get_loss('L3')
 
 
-@pytest.mark.parametrize('name', ['LPIPS-squeeze@64', 'LPIPS-vgg@224', 'perceptual-digitslens@32', 'perceptual-cifarlens@32'])
+@pytest.mark.parametrize('name', ['LPIPS-squeeze@64', 'LPIPS-vgg@224', 'perceptual-digitslens@32',
+                                  'perceptual-cifarlens@32'])
 def test_perceptual_losses(name):
     from ditnano.losses import get_loss
     try: loss = get_loss(name)
@@ -453,7 +475,8 @@ def test_two_and_two_steps_are_four(tmp_path):
     assert resumed.step == 4 and any(not torch.equal(a, b) for a,b in zip(half.ema.values(), resumed.ema.values()))
     for k,v in whole.model.state_dict().items(): assert torch.equal(v, resumed.model.state_dict()[k]), k
     for k,v in whole.ema.items(): assert torch.equal(v, resumed.ema[k]), k
-    with pytest.raises(ValueError): fit(Copying(), TrainConfig(images=4*8, batch=8, lr=2e-3, seed=5), tmp_path/'parts', device='cpu')
+    with pytest.raises(ValueError):
+        fit(Copying(), TrainConfig(images=4*8, batch=8, lr=2e-3, seed=5), tmp_path/'parts', device='cpu')
 
 
 @pytest.mark.parametrize('recipe', ['get', 'dmd', 'ta', 'mi1'])
@@ -491,7 +514,8 @@ def test_run_folder(tmp_path):
     again = run_once(tmp_path, 'toy', {'seed':0, 'rows':3}, compute, name='a', scale='smoke', seed=0)
     assert len(calls) == 1 and first == again and first['metrics'] == {'FD-digitsnet':1.5}
     assert calls[0].name == f"toy-{first['key']}"
-    assert {'key','kind','name','scale','seed','config','code','versions','device','seconds','samples','metrics','latency','artefacts'} <= set(first)
+    assert {'key','kind','name','scale','seed','config','code','versions','device','seconds','samples','metrics',
+            'latency','artefacts'} <= set(first)
     assert len(collect(tmp_path)) == 1
 
 
@@ -525,7 +549,8 @@ def test_students_of_several_steps():
     first = net(z, torch.zeros(4), y)
     noise = (z-alpha(1)**0.5*first)/(1-alpha(1))**0.5
     between = alpha(.5)**0.5*first+(1-alpha(.5))**0.5*noise
-    torch.testing.assert_close(generate(net, range(4), guidance=1), net(between, torch.full((4,), 500.), y), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(generate(net, range(4), guidance=1), net(between, torch.full((4,), 500.), y), rtol=1e-3,
+                               atol=1e-3)
     assert (sample(net, range(4))[3:].int()-sample(net, [3]).int()).abs().max() <= 1
     with pytest.raises(ValueError, match='step'): fold(net)
 
@@ -534,7 +559,8 @@ def test_students_of_several_steps():
 def test_fold(small):
     from ditnano.sampling import fold, sample
     folded = fold(small)
-    assert sum(p.numel() for p in folded.parameters()) + sum(b.numel() for b in folded.buffers()) < sum(p.numel() for p in small.parameters())
+    numbers = sum(p.numel() for p in folded.parameters()) + sum(b.numel() for b in folded.buffers())
+    assert numbers < sum(p.numel() for p in small.parameters())
     a, b = sample(small, range(4)), sample(folded, range(4))
     assert a.float().std() > 10 and (a.int()-b.int()).abs().max() <= 1
 
@@ -578,12 +604,14 @@ def test_design_command():
 
 
 def test_wrong_commands_are_refused():
-    for args in (['desing'], ['design', '--max-parms', 1], ['design', '--max-params', 10], ['sample', '--weights', 'nobody', '--out', 'x.png']):
+    for args in (['desing'], ['design', '--max-parms', 1], ['design', '--max-params', 10],
+                 ['sample', '--weights', 'nobody', '--out', 'x.png']):
         said = ditnano(*args)
         assert said.returncode != 0 and 'Traceback' not in said.stderr, (args, said.stderr)
 
 
-@pytest.mark.parametrize('command', ['design', 'pairs', 'train', 'sample', 'eval', 'bench', 'export', 'sweep', 'paper', 'build', 'doctor'])
+@pytest.mark.parametrize('command', ['design', 'pairs', 'train', 'sample', 'eval', 'bench', 'export', 'sweep', 'paper',
+                                     'build', 'doctor'])
 def test_every_command_has_help(command):
     said = ditnano(command, '--help')
     assert said.returncode == 0 and 'usage' in said.stdout.lower()

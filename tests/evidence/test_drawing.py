@@ -38,8 +38,10 @@ def made_up(root, share):
             if chance.random() > share: continue
             fd = 3+chance.random()
             metrics = {'FD-cifarnet': fd, 'FD-efficientnet-lite0': 200*fd, 'classifier score (cifarnet)': 3.}
-            found = dict(metrics=metrics, samples=config['eval']['samples'], device={'device': 'cpu', 'device_name': 'some processor', 'threads': 1})
-            run_once(root, 'distill', config, lambda folder, found=found: found, experiment, scale.name, config['train']['seed'])
+            found = dict(metrics=metrics, samples=config['eval']['samples'],
+                         device={'device': 'cpu', 'device_name': 'some processor', 'threads': 1})
+            run_once(root, 'distill', config, lambda folder, found=found: found, experiment, scale.name,
+                     config['train']['seed'])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"What happens to children when a sweep or a notebook is stopped or killed, and where notebooks run under odd surroundings."
+"What happens to children when a sweep or a notebook is stopped or killed, and notebooks in odd surroundings."
 import json
 import os
 import signal
@@ -16,9 +16,10 @@ import sys
 from ditnano.config import Scale
 from ditnano.lab.experiments import distill_config
 from ditnano.lab.sweep import sweep
-tiny = Scale(name='tiny', pairs=32, images=16*20000, batch=16, samples=24, judges=('digitsnet',), loss='L2', precision='fp32')
+tiny = Scale(name='tiny', pairs=32, images=16*20000, batch=16, samples=24, judges=('digitsnet',), loss='L2',
+             precision='fp32')
 configs = [distill_config(tiny, (1, 32, h)) for h in (1, 2, 4, 8)]
-sweep(configs, sys.argv[1], 'tiny', 'local', workers=1, device='cpu')
+sweep(configs, sys.argv[1], 'tiny', 'processes', workers=1, device='cpu')
 """
 
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')

@@ -1,7 +1,8 @@
 """Files that mean harm, or were harmed, against `read_checkpoint`: each is refused in one line, and nothing in it runs.
 
-Python's own pickler would not write most of them, so they are put together by an assembler for the pickle language, a few lines long:
-a capital letter (or a name) gives the bytes that push one value. What they would run leaves a file, the canary, in the working directory.
+Python's own pickler would not write most of them, so a short assembler for the pickle language makes them: a capital
+letter (or a name) gives the bytes that push one value. What they would run leaves a file, the canary, in the working
+directory.
 """
 import io
 import math
@@ -42,20 +43,29 @@ def B(data): return b'B'+struct.pack('<I', len(data))+data
 def P(program): return b'\x80\x04'+program+b'.'
 
 ORDERED = R('collections.OrderedDict')
-def nested(numbers=(1.,2.,3.,4.), declared=None, kind='torch.FloatStorage', refer=None, magic=MAGIC, keys=('k',), count=None, tail=b'', load='torch.storage._load_from_bytes'):
+def nested(numbers=(1.,2.,3.,4.), declared=None, kind='torch.FloatStorage', refer=None, magic=MAGIC, keys=('k',),
+           count=None, tail=b'', load='torch.storage._load_from_bytes'):
     declared = len(numbers) if declared is None else declared
     refer = T(S('storage'), G(kind), S('k'), S('cpu'), I(declared), b'N')+b'Q' if refer is None else refer
     parts = [I(magic), I(1001), D(little_endian=b'\x88'), refer, L(*map(S, keys))]
-    return R(load, B(b''.join(map(P, parts)) + struct.pack('<q', declared if count is None else count) + np.array(numbers, '<f4').tobytes() + tail))
+    return R(load, B(b''.join(map(P, parts)) + struct.pack('<q', declared if count is None else count)
+                     + np.array(numbers, '<f4').tobytes() + tail))
 
-def tensor(storage=None, offset=0, size=(2,2), stride=(2,1)): return R('torch._utils._rebuild_tensor_v2', storage or nested(), I(offset), T(*map(I,size)), T(*map(I,stride)), b'\x89', ORDERED)
+def tensor(storage=None, offset=0, size=(2,2), stride=(2,1)):
+    return R('torch._utils._rebuild_tensor_v2', storage or nested(), I(offset), T(*map(I,size)), T(*map(I,stride)),
+             b'\x89', ORDERED)
 def parameter(t=None): return R('torch._utils._rebuild_parameter', t or tensor(), b'\x88', ORDERED)
-def thing(name='Net', **state): return R('torch_utils.persistence._reconstruct_persistent_obj', D(type=S('class'), module_src=S(SOURCE), class_name=S(name), state=D(**state)))
-def module(w=None, **kw): return thing(**dict(_parameters=D(w=w or parameter()), _buffers=b'}', _modules=b'}', _init_kwargs=D(depth=I(3))) | kw)
+def thing(name='Net', **state):
+    return R('torch_utils.persistence._reconstruct_persistent_obj',
+             D(type=S('class'), module_src=S(SOURCE), class_name=S(name), state=D(**state)))
+def module(w=None, **kw):
+    return thing(**dict(_parameters=D(w=w or parameter()), _buffers=b'}', _modules=b'}',
+                        _init_kwargs=D(depth=I(3))) | kw)
 def file(w=None, **kw): return P(D(ema=module(w, **kw)))
 
 def archive(pickled=None, compress=zipfile.ZIP_STORED, **members):
-    program = P(D(w=tensor(T(S('storage'), G('torch.FloatStorage'), S('0'), S('cpu'), I(4))+b'Q'))) if pickled is None else pickled
+    program = P(D(w=tensor(T(S('storage'), G('torch.FloatStorage'), S('0'), S('cpu'), I(4))
+                           +b'Q'))) if pickled is None else pickled
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w', compress) as z:
         for k,v in ({'data.pkl':program, 'data/0':np.arange(4, dtype='<f4').tobytes()} | members).items():
@@ -88,40 +98,75 @@ words = [(BAD, 'names builtins.exec; expected nothing but tensors, numbers, stri
 
 # instructions that are not there, and permitted words put to odd uses
 MODULEDICT, PERSISTENT = 'torch.nn.modules.container.ModuleDict', 'torch_utils.persistence._reconstruct_persistent_obj'
-odd = [(P(b'('+b'ios\nsystem\n'), 'has instruction INST'), (P(b'('+G('collections.OrderedDict')+b'o'), 'has instruction OBJ'), (P(b'\x82\x01'), 'has instruction EXT1'),
-       (P(b'Pabc\n'), 'has instruction PERSID'), (P(S('k')+b'Q'), 'has instruction BINPERSID'), (P(b'\xff'), 'has instruction 0xff'), (P(b'L1\nL'), 'has instruction LONG'),
-       (P(b'\x8e'+struct.pack('<Q', 2**60)), 'has instruction BINBYTES8'), (P(b'\x92'), 'has instruction NEWOBJ_EX'), (P(b'}2'), 'has instruction DUP'), (b'\x80\x63.', 'pickle of protocol 99'), (b'hello', 'expected'), (b'', 'cut short'),
-       (P(R('collections.OrderedDict', L(T(S('a'), I(1))))), 'gives 1 arguments to collections.OrderedDict; expected 0'),
+odd = [(P(b'('+b'ios\nsystem\n'), 'has instruction INST'),
+       (P(b'('+G('collections.OrderedDict')+b'o'), 'has instruction OBJ'),
+       (P(b'\x82\x01'), 'has instruction EXT1'),
+       (P(b'Pabc\n'), 'has instruction PERSID'), (P(S('k')+b'Q'), 'has instruction BINPERSID'),
+       (P(b'\xff'), 'has instruction 0xff'), (P(b'L1\nL'), 'has instruction LONG'),
+       (P(b'\x8e'+struct.pack('<Q', 2**60)), 'has instruction BINBYTES8'), (P(b'\x92'), 'has instruction NEWOBJ_EX'),
+       (P(b'}2'), 'has instruction DUP'), (b'\x80\x63.', 'pickle of protocol 99'), (b'hello', 'expected'),
+       (b'', 'cut short'),
+       (P(R('collections.OrderedDict', L(T(S('a'), I(1))))),
+        'gives 1 arguments to collections.OrderedDict; expected 0'),
        (P(G('collections.OrderedDict')+I(3)+b'R'), 'what is given to a function is a number; expected a tuple'),
-       (P(I(3)+b')R'), 'calls a number'), (P(S('os.system')+b')R'), 'calls a string'), (P(D(ema=tensor(nested(refer=G('torch.FloatStorage')+b')R')))), 'calls the name torch.FloatStorage'),
+       (P(I(3)+b')R'), 'calls a number'), (P(S('os.system')+b')R'), 'calls a string'),
+       (P(D(ema=tensor(nested(refer=G('torch.FloatStorage')+b')R')))), 'calls the name torch.FloatStorage'),
        (P(G('collections.OrderedDict')+D(__call__=RUN)+b'b'), 'sets attributes of the name collections.OrderedDict'),
-       (P(G(PERSISTENT)+D(__code__=RUN)+b'b'), 'sets attributes of the name torch_utils.persistence._reconstruct_persistent_obj'),
-       (P(b'}'+D(a=b'N')+b'b'), 'sets attributes of a dictionary'), (P(tensor()+D(storage=b'N')+b'b'), 'sets attributes of a tensor'),
+       (P(G(PERSISTENT)+D(__code__=RUN)+b'b'),
+        'sets attributes of the name torch_utils.persistence._reconstruct_persistent_obj'),
+       (P(b'}'+D(a=b'N')+b'b'), 'sets attributes of a dictionary'),
+       (P(tensor()+D(storage=b'N')+b'b'), 'sets attributes of a tensor'),
        (P(G(MODULEDICT)+b')\x81'+D(_parameters=b'}')+b'b'+D(_parameters=b'N')+b'b'), 'sets attributes of an object'),
-       (P(module()+D(state=b'N')+b'b'), 'sets attributes of an object'), (P(ORDERED+I(3)+b'b'), 'a state is a number; expected a dictionary'),
-       (P(G('collections.OrderedDict')+S('k')+I(1)+b's'), 'what takes entries is the name collections.OrderedDict; expected a dictionary'),
-       (P(b'}'+I(3)+I(1)+b's'), 'a key is a number; expected a string'), (P(b'}'+b'))\x85'+b's'), 'a key is a tuple'), (P(b'}'+b'('+S('a')+b'u'), 'expected keys and values'),
-       (P(ORDERED+b'a'), 'damaged'), (P(b'h\x07'), 'expected something made before'), (P(b'u'), 'expected a mark'), (P(b'(R'), 'expected something on the stack'), (P(b'\x8a\xff'), 'a number of 255 bytes'),
-       (P(R('numpy.dtype', S('O8'), b'\x89', b'\x88')), 'a numpy number of type O8; expected f8'), (P(R('numpy.core.multiarray.scalar', S('f8'), B(b'12345678'))), 'a numpy number is odd')]
+       (P(module()+D(state=b'N')+b'b'), 'sets attributes of an object'),
+       (P(ORDERED+I(3)+b'b'), 'a state is a number; expected a dictionary'),
+       (P(G('collections.OrderedDict')+S('k')+I(1)+b's'),
+        'what takes entries is the name collections.OrderedDict; expected a dictionary'),
+       (P(b'}'+I(3)+I(1)+b's'), 'a key is a number; expected a string'), (P(b'}'+b'))\x85'+b's'), 'a key is a tuple'),
+       (P(b'}'+b'('+S('a')+b'u'), 'expected keys and values'),
+       (P(ORDERED+b'a'), 'damaged'), (P(b'h\x07'), 'expected something made before'), (P(b'u'), 'expected a mark'),
+       (P(b'(R'), 'expected something on the stack'), (P(b'\x8a\xff'), 'a number of 255 bytes'),
+       (P(R('numpy.dtype', S('O8'), b'\x89', b'\x88')), 'a numpy number of type O8; expected f8'),
+       (P(R('numpy.core.multiarray.scalar', S('f8'), B(b'12345678'))), 'a numpy number is odd')]
 
 # tensors that are none, or that reach beyond their numbers
 inf = math.inf
-tensors = [(file(I(3)), 'w is a number; expected a tensor'), (file(T(I(1), I(2))), 'w is a tuple; expected a tensor'), (file(G(MODULEDICT)+b')\x81'), 'w is an object; expected a tensor'),
-           (file(nested()), 'w is bare numbers; expected a tensor'), (file(G(PERSISTENT)), 'w is the name torch_utils'), (file(R('torch._utils._rebuild_parameter', b'N', b'\x88', ORDERED)), 'a parameter is nothing; expected a tensor'),
-           (file(tensor(I(3))), 'what a tensor stands on is a number; expected bare numbers'), (file(tensor(offset=1)), 'w reaches outside its 4 numbers'), (file(tensor(size=(2,3), stride=(3,1))), 'reaches outside'),
-           (file(tensor(stride=(4,1))), 'reaches outside'), (file(tensor(offset=2**39)), 'reaches outside'), (file(tensor(size=(2**39,2**39), stride=(0,0))), 'larger than the file'), (file(tensor(size=(5,), stride=(0,))), 'reaches outside'),
-           (file(tensor(offset=-1)), 'an offset holds a number out of range'), (file(tensor(stride=(-2,1))), 'a stride holds a number out of range'), (file(tensor(size=(2**100,2))), 'a shape holds a number out of range'),
-           (file(tensor(size=(2,))), 'a tensor has 1 sizes and 2 strides'), (file(tensor(size=(1,)*9, stride=(1,)*9)), '8 at most'), (file(tensor(size=(0,2))), 'reaches outside'),
-           (file(R('torch._utils._rebuild_tensor_v2', nested(), I(0), L(I(2)), L(I(1)), b'\x89', ORDERED)), 'a shape is a list; expected a tuple'),
-           (file(tensor(nested((1.,inf,2.,3.)))), 'w is not finite'), (file(tensor(nested((1.,float('nan'),2.,3.)))), 'w is not finite')]
+tensors = [(file(I(3)), 'w is a number; expected a tensor'), (file(T(I(1), I(2))), 'w is a tuple; expected a tensor'),
+           (file(G(MODULEDICT)+b')\x81'), 'w is an object; expected a tensor'),
+           (file(nested()), 'w is bare numbers; expected a tensor'), (file(G(PERSISTENT)), 'w is the name torch_utils'),
+           (file(R('torch._utils._rebuild_parameter', b'N', b'\x88', ORDERED)),
+            'a parameter is nothing; expected a tensor'),
+           (file(tensor(I(3))), 'what a tensor stands on is a number; expected bare numbers'),
+           (file(tensor(offset=1)), 'w reaches outside its 4 numbers'),
+           (file(tensor(size=(2,3), stride=(3,1))), 'reaches outside'),
+           (file(tensor(stride=(4,1))), 'reaches outside'), (file(tensor(offset=2**39)), 'reaches outside'),
+           (file(tensor(size=(2**39,2**39), stride=(0,0))), 'larger than the file'),
+           (file(tensor(size=(5,), stride=(0,))), 'reaches outside'),
+           (file(tensor(offset=-1)), 'an offset holds a number out of range'),
+           (file(tensor(stride=(-2,1))), 'a stride holds a number out of range'),
+           (file(tensor(size=(2**100,2))), 'a shape holds a number out of range'),
+           (file(tensor(size=(2,))), 'a tensor has 1 sizes and 2 strides'),
+           (file(tensor(size=(1,)*9, stride=(1,)*9)), '8 at most'), (file(tensor(size=(0,2))), 'reaches outside'),
+           (file(R('torch._utils._rebuild_tensor_v2', nested(), I(0), L(I(2)), L(I(1)), b'\x89', ORDERED)),
+            'a shape is a list; expected a tuple'),
+           (file(tensor(nested((1.,inf,2.,3.)))), 'w is not finite'),
+           (file(tensor(nested((1.,float('nan'),2.,3.)))), 'w is not finite')]
 
 # nested files that are not what they say
 ref = lambda *said: T(*said)+b'Q'
-nests = [(nested(declared=5), 'damaged or cut short'), (nested(declared=3), 'missing or left over'), (nested(declared=2**39), 'expected 549755813888 numbers'), (nested(count=2), 'expected 4 numbers'), (nested(count=-4), 'expected 4 numbers'),
-         (nested(magic=7), "not in torch.save's old format"), (nested(keys=()), 'missing or left over'), (nested(keys=('k','k')), 'or twice'), (nested(keys=('k','other')), 'not there'), (nested(tail=b'x'), 'left over'),
-         (nested(refer=b'N'), 'not there'), (nested(refer=T()+b'Q'), 'refers to something else'), (nested(refer=ref(S('module'), G('torch.FloatStorage'), S('k'), S('cpu'), I(4), b'N')), 'refers to something else'),
-         (nested(refer=ref(S('storage'), S('torch.FloatStorage'), S('k'), S('cpu'), I(4), b'N')), 'refers to something else'), (nested(kind='torch.LongStorage'), 'names torch.LongStorage'),
-         (R('torch.storage._load_from_bytes', B(b'')), 'cut short'), (R('torch.storage._load_from_bytes', S('text')), 'a nested file is a string; expected bytes'), (R('torch.storage._load_from_bytes', B(BAD)), 'names builtins.exec')]
+nests = [(nested(declared=5), 'damaged or cut short'), (nested(declared=3), 'missing or left over'),
+         (nested(declared=2**39), 'expected 549755813888 numbers'), (nested(count=2), 'expected 4 numbers'),
+         (nested(count=-4), 'expected 4 numbers'),
+         (nested(magic=7), "not in torch.save's old format"), (nested(keys=()), 'missing or left over'),
+         (nested(keys=('k','k')), 'or twice'), (nested(keys=('k','other')), 'not there'),
+         (nested(tail=b'x'), 'left over'),
+         (nested(refer=b'N'), 'not there'), (nested(refer=T()+b'Q'), 'refers to something else'),
+         (nested(refer=ref(S('module'), G('torch.FloatStorage'), S('k'), S('cpu'), I(4), b'N')),
+          'refers to something else'),
+         (nested(refer=ref(S('storage'), S('torch.FloatStorage'), S('k'), S('cpu'), I(4), b'N')),
+          'refers to something else'), (nested(kind='torch.LongStorage'), 'names torch.LongStorage'),
+         (R('torch.storage._load_from_bytes', B(b'')), 'cut short'),
+         (R('torch.storage._load_from_bytes', S('text')), 'a nested file is a string; expected bytes'),
+         (R('torch.storage._load_from_bytes', B(BAD)), 'names builtins.exec')]
 
 # things without end
 def deeper(m, n):
@@ -136,24 +181,43 @@ laughs = T(b']q\x00', *(b'](h'+bytes([k])+b'h'+bytes([k])+b'eq'+bytes([k+1]) for
 whole = dict(size=(1000,), stride=(1,))
 again = b''.join(S(f'w{k}')+tensor(b'h\x09', **whole) for k in range(40))
 heavy = P(D(ema=module(_parameters=b'}('+S('a')+tensor(nested(range(1000))+b'q\x09', **whole)+again+b'u')))
-endless = [(P(b'}'*1_500_000), 'more than 1,000,000 instructions'), (P(D(ema=deeper(module(), 20))), 'appears twice or too deep'), (itself, 'appears twice or too deep'), (twins, 'b appears twice'),
-           (heavy, 'are larger than the file'), (file(_init_kwargs=D(a=laughs)), 'too many or nested too deep'), (file(_init_kwargs=D(a=L(*[I(k) for k in range(1001)]))), 'too many'),
-           (file(_init_kwargs=D(a=tensor())), 'a constructor value is a tensor'), (file(_init_kwargs=D(a=S('x'*2000))), 'a constructor value is a string'),
+endless = [(P(b'}'*1_500_000), 'more than 1,000,000 instructions'),
+           (P(D(ema=deeper(module(), 20))), 'appears twice or too deep'), (itself, 'appears twice or too deep'),
+           (twins, 'b appears twice'),
+           (P(b'})'+b'\x85'*900_000+b'Ns'), 'a key is a tuple'),   # pickle.Unpickler would hash it, and crash
+           (heavy, 'are larger than the file'), (file(_init_kwargs=D(a=laughs)), 'too many or nested too deep'),
+           (file(_init_kwargs=D(a=L(*[I(k) for k in range(1001)]))), 'too many'),
+           (file(_init_kwargs=D(a=tensor())), 'a constructor value is a tensor'),
+           (file(_init_kwargs=D(a=S('x'*2000))), 'a constructor value is a string'),
            (file(_modules=D(**{'x'*100_000:module()})), 'has a name of over 200 characters')]
 
 # harmless, but no network
-empty = [(P(D(net=module())), "has no entry 'ema'"), (P(L()), "has no entry 'ema'"), (P(D(ema=I(3))), 'the network is a number; expected an object'), (P(D(ema=b'}')), 'holds no tensors'),
-         (P(D(ema=G(MODULEDICT)+b')\x81')), 'the network is nothing; expected a dictionary'), (file(_buffers=b'N'), '_buffers of the network is nothing; expected a dictionary'), (file(_modules=L()), '_modules of the network is a list'),
-         (file(_init_kwargs=b'N'), '_init_kwargs is nothing'), (file(_modules=D(a=I(1))), 'a is a number; expected an object'), (file(_parameters=D(w=b'N')), 'holds no tensors'), (file(_buffers=D(w=tensor())), 'w appears twice'),
-         (P(D(ema=R(PERSISTENT, D(type=S('module'))))), 'another type than class'), (P(R(PERSISTENT, I(1))), 'a persistent object is a number')]
+empty = [(P(D(net=module())), "has no entry 'ema'"), (P(L()), "has no entry 'ema'"),
+         (P(D(ema=I(3))), 'the network is a number; expected an object'), (P(D(ema=b'}')), 'holds no tensors'),
+         (P(D(ema=G(MODULEDICT)+b')\x81')), 'the network is nothing; expected a dictionary'),
+         (file(_buffers=b'N'), '_buffers of the network is nothing; expected a dictionary'),
+         (file(_modules=L()), '_modules of the network is a list'),
+         (file(_init_kwargs=b'N'), '_init_kwargs is nothing'),
+         (file(_modules=D(a=I(1))), 'a is a number; expected an object'),
+         (file(_parameters=D(w=b'N')), 'holds no tensors'), (file(_buffers=D(w=tensor())), 'w appears twice'),
+         (P(D(ema=R(PERSISTENT, D(type=S('module'))))), 'another type than class'),
+         (P(R(PERSISTENT, I(1))), 'a persistent object is a number')]
 
 # archives whose members are compressed, missing, or of another length
 inside = lambda n: P(D(w=tensor(T(S('storage'), G('torch.FloatStorage'), S('0'), S('cpu'), I(n))+b'Q')))
-zips = [(archive(compress=zipfile.ZIP_DEFLATED), 'compressed or oversized'), (archive(**{'data/0':b''}), 'a storage of 4 numbers has 0 bytes'), (archive(**{'data/0':None}), 'an archive without data/0'), (archive(inside(3)), 'a storage of 3 numbers has 16 bytes'),
-        (archive(inside(2**39)), 'a storage of 549755813888 numbers'), (archive(**{'data.pkl':None}), 'an archive without data.pkl'), (archive(byteorder=b'big'), 'big-endian'), (archive(BAD), 'names builtins.exec'),
-        (archive(P(D(w=nested()))), 'names torch.storage._load_from_bytes'), (archive()[:-30], 'damaged or cut short'), (archive().replace(b'data/0', b'data/1', 1), 'damaged or cut short'), (b'PK\x03\x04'+bytes(100), 'damaged or cut short')]
+zips = [(archive(compress=zipfile.ZIP_DEFLATED), 'compressed or oversized'),
+        (archive(**{'data/0':b''}), 'a storage of 4 numbers has 0 bytes'),
+        (archive(**{'data/0':None}), 'an archive without data/0'),
+        (archive(inside(3)), 'a storage of 3 numbers has 16 bytes'),
+        (archive(inside(2**39)), 'a storage of 549755813888 numbers'),
+        (archive(**{'data.pkl':None}), 'an archive without data.pkl'), (archive(byteorder=b'big'), 'big-endian'),
+        (archive(BAD), 'names builtins.exec'),
+        (archive(P(D(w=nested()))), 'names torch.storage._load_from_bytes'), (archive()[:-30], 'damaged or cut short'),
+        (archive().replace(b'data/0', b'data/1', 1), 'damaged or cut short'),
+        (b'PK\x03\x04'+bytes(100), 'damaged or cut short')]
 
-ATTEMPTS = {'words':words, 'odd uses':odd, 'tensors':tensors, 'nested files':[(file(tensor(s)), t) for s,t in nests], 'endless':endless, 'empty':empty, 'archives':zips}
+ATTEMPTS = {'words':words, 'odd uses':odd, 'tensors':tensors, 'nested files':[(file(tensor(s)), t) for s,t in nests],
+            'endless':endless, 'empty':empty, 'archives':zips}
 
 
 # the tests --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Folders of GET's pairs that are damaged, exchanged, of another kind or made to harm: one line each, and nothing in them runs."""
+"""Folders of GET's pairs that are damaged, exchanged, of another kind or harmful: one line each, nothing runs."""
 import os
 import pickle
 
@@ -70,7 +70,8 @@ REFUSED = [
     ('noise is (50, 3, 32, 32) torch.float64', dict(conditional=False), exchange),
     ('are latent and image exchanged?', dict(latent=lambda v: [v[0]*0.5, v[1]]), nothing),
     ('fails its checksum', {}, lambda f: flip(f/'latent'/MIDDLE)),
-    *[('image/000000099.pkl: damaged, cut short', {}, lambda f, n=n: os.truncate(f/'image'/MIDDLE, n)) for n in (0, 10, 1000, 300_000)],
+    *[('image/000000099.pkl: damaged, cut short', {}, lambda f, n=n: os.truncate(f/'image'/MIDDLE, n))
+      for n in (0, 10, 1000, 300_000)],
     ('latent/000000099.pkl: names ', dict(latent=lambda v: [v[0], Hostile()]), nothing),
     ('image/000000099.pkl: names ', dict(image=lambda x: Hostile()), nothing),
     ('image/000000099.pkl: ', {}, lambda f: (f/'image'/MIDDLE).write_bytes(pickle.dumps(Hostile()))),
@@ -83,7 +84,8 @@ def test_refused_in_one_line(k, tmp_path, monkeypatch):
     text, how, after = REFUSED[k]
     write_get(tmp_path/'published', **how)
     after(tmp_path/'published')
-    with pytest.raises((ValueError, FileNotFoundError)) as caught: import_get_pairs(tmp_path/'published', tmp_path/'out')
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        import_get_pairs(tmp_path/'published', tmp_path/'out')
     assert text in str(caught.value) and '\n' not in str(caught.value)
     assert not (tmp_path/'canary').exists() and not (tmp_path/'out').exists()
 
@@ -96,7 +98,8 @@ def test_imported_bit_for_bit_and_found_by_name(tmp_path, monkeypatch):
     again = import_get_pairs(tmp_path/'published', tmp_path/'recut', shard=150, teacher='by another name')
     assert PairDataset(again).hash == get.hash
     write_get(tmp_path/'published1', seed=1)
-    with pytest.raises(ValueError, match='made with teacher='): import_get_pairs(tmp_path/'published1', tmp_path/'get', shard=40)
+    with pytest.raises(ValueError, match='made with teacher='):
+        import_get_pairs(tmp_path/'published1', tmp_path/'get', shard=40)
     monkeypatch.setenv('DITNANO_DATA', str(tmp_path))
     assert ensure_pairs('get', 150) == tmp_path/'get'
     assert teacher_record('get') == {'name':'get',
@@ -116,7 +119,8 @@ def test_a_late_error_leaves_the_shards_before_it(tmp_path):
     write_get(tmp_path/'published', sizes=(50,100), image=lambda x: with_(x, (90,0,0,0), torch.inf))
     late = GETPairs(tmp_path/'published')
     assert len(torch.cat([x for _,x,_ in late.parts(0, 140)])) == 140
-    with pytest.raises(ValueError, match='000000149.pkl, rows 70-99: an image is not finite in row 20'): late.parts(120, 150)
+    with pytest.raises(ValueError, match='000000149.pkl, rows 70-99: an image is not finite in row 20'):
+        late.parts(120, 150)
     with pytest.raises(ValueError, match='not finite in row'): import_get_pairs(tmp_path/'published', tmp_path/'out',
                                                                                 shard=60)
     assert [s['seeds'] for s in read_manifest(tmp_path/'out')['shards']] == [[0,60],[60,120]]

@@ -42,7 +42,8 @@ def header(w, h):
     import struct
     import zlib
     def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
-    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))+chunk(b'IDAT', zlib.compress(b'\0'*100))+chunk(b'IEND', b'')
+    parts = (b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0)), (b'IDAT', zlib.compress(b'\0'*100)), (b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n'+b''.join(chunk(*p) for p in parts)
 
 
 @pytest.mark.parametrize('data, text', [

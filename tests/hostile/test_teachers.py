@@ -1,4 +1,4 @@
-"""Teachers' folders and NVIDIA's files that are damaged, of other kinds, or made to harm: each is one line that names it."""
+"""Teachers' folders and NVIDIA's files that are damaged, of other kinds, or harmful: each is one line."""
 import json
 import math
 import pickle
@@ -41,7 +41,7 @@ def original(m, **kwargs):
     return out
 
 
-def release(net, path, inner=None, kind=None, outside={}, **kwargs):
+def release(net, path, inner=None, kind=None, outside=None, **kwargs):
     "Write `net` as the released code would, perhaps with other names and constructor values."
     c, inner = net.cfg, inner or type(net.model).__name__
     values = dict(model_channels=c.model_channels, channel_mult=list(c.channel_mult), num_blocks=c.num_blocks,
@@ -53,11 +53,12 @@ def release(net, path, inner=None, kind=None, outside={}, **kwargs):
     buffers = {k:v for k,v in net._buffers.items()}
     state = dict(training=False, _parameters={}, _buffers=buffers, _modules={'model':unet})
     given = dict(img_resolution=c.image_size, img_channels=c.channels, label_dim=c.label_dim,
-                 model_type=inner) | outside
+                 model_type=inner) | (outside or {})
     ema = Persistent(kind or type(net).__name__, state, **given)
     def _reconstruct_persistent_obj(meta): raise AssertionError('called')
     home = types.ModuleType('torch_utils.persistence')
-    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = home.__name__, '_reconstruct_persistent_obj'
+    _reconstruct_persistent_obj.__module__ = home.__name__
+    _reconstruct_persistent_obj.__qualname__ = '_reconstruct_persistent_obj'
     home._reconstruct_persistent_obj = _reconstruct_persistent_obj
     with mock.patch.dict(sys.modules, {'torch_utils':types.ModuleType('torch_utils'), home.__name__:home}):
         path.write_bytes(pickle.dumps({'ema':ema, 'augment_pipe':None}, protocol=4))
@@ -70,7 +71,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv('DITNANO_DATA', str(tmp_path/'data'))
 
 
-def teacher(kind='EDMPrecond', cfg=TINY, seed=7, **kw): return randomize_weights(build_denoiser(kind, cfg, **kw), seed=seed).eval()
+def teacher(kind='EDMPrecond', cfg=TINY, seed=7, **kw):
+    return randomize_weights(build_denoiser(kind, cfg, **kw), seed=seed).eval()
 
 
 NCSN = NCSNConfig(model_channels=8, channel_mult=(1,2), num_blocks=1, attn_resolutions=(8,), image_size=16)
@@ -176,7 +178,8 @@ def edit(folder, **kw):
 
 DAMAGE = [
     (FileNotFoundError, 'no model.safetensors in', lambda f: (f/'model.safetensors').unlink()),
-    (ValueError, 'damaged or altered', lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:-1000])),
+    (ValueError, 'damaged or altered',
+     lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:-1000])),
     (ValueError, 'damaged or altered', lambda f: flip(f/'model.safetensors')),
     (ValueError, 'damaged or altered|not JSON', lambda f: flip(f/'config.json')),
     (ValueError, r'map_label.weight is \(8, 10\); expected \(24, 10\)',
@@ -206,10 +209,12 @@ def test_nothing_else_is_overwritten_and_nothing_infinite_is_saved(tmp_path):
                        match="teacher 'nobody': no config.json and no model.safetensors"): load_teacher('nobody')
     (tmp_path/'precious').mkdir()
     (tmp_path/'precious'/'thesis.txt').write_text('draft')
-    with pytest.raises(ValueError, match='precious: holds thesis.txt; expected a new folder'): save_teacher(teacher(), tmp_path/'precious', {})
+    with pytest.raises(ValueError, match='precious: holds thesis.txt; expected a new folder'):
+        save_teacher(teacher(), tmp_path/'precious', {})
     huge = teacher()
     huge.model.map_layer0.bias.data.fill_(1e6)
-    with pytest.raises(ValueError, match='not finite in float16; nothing saved'): save_teacher(huge, tmp_path/'huge', {})
+    with pytest.raises(ValueError, match='not finite in float16; nothing saved'):
+        save_teacher(huge, tmp_path/'huge', {})
     assert not (tmp_path/'huge').exists() and (tmp_path/'precious'/'thesis.txt').exists()
 
 
@@ -224,5 +229,6 @@ def test_the_cifar10_teacher_is_found_under_nvidias_name(tmp_path):
 
 def test_a_pickle_that_names_a_function_is_refused(tmp_path):
     (tmp_path/'bad.pkl').write_bytes(pickle.dumps({'ema':shutil.rmtree}))
-    with pytest.raises(ValueError, match='bad.pkl: names shutil.rmtree; expected nothing but tensors'): load_teacher(tmp_path/'bad.pkl')
+    with pytest.raises(ValueError, match='bad.pkl: names shutil.rmtree; expected nothing but tensors'):
+        load_teacher(tmp_path/'bad.pkl')
     assert isinstance(teacher(), EDMPrecond)

@@ -76,23 +76,25 @@ def test_two_processes_stop_together(tmp_path):
 
 
 RUN = textwrap.dedent('''
+    import contextlib
     import sys
     import torch
-    from pathlib import Path
-    from ditnano.lab import sweep
+    from ditnano import sampling
     from ditnano.config import Scale
+    from ditnano.lab import execute
     from ditnano.lab.experiments import distill_config
-    from ditnano.lab.runs import Run
     torch.set_num_threads(1)
     tiny = Scale(name='tiny', pairs=32, images=16*40, batch=16, lr=1e-2, samples=24, blocks=2,
                  references=('train','test'), loss='L2', precision='fp32')
     config, root, only = distill_config(tiny, (2,32,4)), sys.argv[1], sys.argv[2]=='train'
-    sweep.SHARD_SIZE = 10                                  # three parts a block, so that both processes have some
-    run = Run(root, 'distill', config)
-    if only: sweep._student(config, run.folder, root, 'tiny', 'cpu', None, float('inf'))
+    execute.SHARD_SIZE = 10                                # three parts a block, so that both processes have some
+    def stop(*args, **kwargs): raise InterruptedError('trained, and not one image drawn')
+    if only:
+        sampling.sample = stop
+        with contextlib.suppress(InterruptedError): execute.distill_run(config, root, 'tiny', 'cpu')
     else:
-        record = sweep.distill_run(config, root, 'tiny', 'cpu')
-        again = sweep.distill_run(config, root, 'tiny', 'cpu', minutes=0)
+        record = execute.distill_run(config, root, 'tiny', 'cpu')
+        again = execute.distill_run(config, root, 'tiny', 'cpu', minutes=0)
         assert record == again                             # found, at no cost, by every process
 ''')
 
@@ -132,7 +134,8 @@ def test_local_processes_stop_in_time(tmp_path):
     from ditnano.lab.runs import Run
     scale = Scale(name='tiny', pairs=32, images=16*100_000, batch=16, samples=24, loss='L2')
     configs, lines, begin = [distill_config(scale, (1, 32, h)) for h in (1, 2, 4)], [], time.monotonic()
-    assert sweep.sweep(configs, tmp_path, 'tiny', 'local', workers=2, minutes=0.3, device='cpu', log=lines.append) == []
+    found = sweep.sweep(configs, tmp_path, 'tiny', 'processes', workers=2, minutes=0.3, device='cpu', log=lines.append)
+    assert found == []
     assert 15 <= time.monotonic()-begin < 60
     there = [(Run(tmp_path, 'distill', c).folder/'state.safetensors').is_file() for c in configs]
     assert there == [True, True, False]
@@ -152,8 +155,16 @@ def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     folder.mkdir(parents=True)
     (folder/'lock').write_text(json.dumps({'pid':1, 'started':'0', 'host':'a-machine-that-is-gone', 'boot':''}))
     begin = time.monotonic()
-    assert sweep.sweep([config], tmp_path, 'tiny', 'local', minutes=0.5, device='cpu', log=lines.append) == []
+    assert sweep.sweep([config], tmp_path, 'tiny', 'processes', minutes=0.5, device='cpu', log=lines.append) == []
     assert time.monotonic()-begin < 50
     assert lines[0].startswith('1 of 1: DiT (1, 32, 4) L2 another process has it')
     assert 'process 1 on a-machine-that-is-gone' in lines[0]
     assert lines[1:] == ['time is up: 1 run left for the next call']
+
+
+@pytest.mark.slow
+def test_training_beside_busy_processes():
+    from ditnano.lab.bench import bench_busy
+    rows = bench_busy(1, (1, 32, 4), batch=4, rounds=1, seconds=0.1)
+    assert len(rows) == 3 and all(r['quiet (images/s)'] > 0 and r['beside (images/s)'] > 0 for r in rows)
+    with pytest.raises(ValueError, match='busy=0; expected 1 or more'): bench_busy(0)

@@ -25,7 +25,8 @@ def test_a_flipped_bit_and_other_weights_are_named(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match='model.safetensors: damaged or altered'): load_classifier(tmp_path/'c')
     save_classifier(Classifier(8), tmp_path/'d', {})
-    d = {k:v for k,v in json.loads((tmp_path/'d'/'config.json').read_text()).items() if k not in ('sha256','config_sha256')}
+    d = {k:v for k,v in json.loads((tmp_path/'d'/'config.json').read_text()).items()
+         if k not in ('sha256','config_sha256')}
     (tmp_path/'d'/'config.json').write_text(json.dumps(d | {'width':16}))
     with pytest.raises(ValueError, match='expected weights of Classifier'): load_classifier(tmp_path/'d')
     with pytest.raises(FileNotFoundError, match="classifier 'resnet' is not available"): load_classifier('resnet')

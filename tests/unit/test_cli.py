@@ -1,6 +1,7 @@
 "The command: values that people type, help texts, signals, and what `design` may need."
 import inspect
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,38 @@ def test_a_mistake_is_one_line(words, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pairs_are_checked(tmp_path, capsys):
+    from ditnano.repro import weights_dir
+    folder = tmp_path/'pairs'
+    shutil.copytree(weights_dir()/'pairs-digits32', folder)
+    cli.main(['pairs', '--check', '--out', str(folder)])
+    assert capsys.readouterr().out.endswith(': undamaged\n')
+    shard = next(folder.glob('*.safetensors'))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(SystemExit): cli.main(['pairs', '--check', '--out', str(folder)])
+    assert f'{shard.name}: damaged or altered' in capsys.readouterr().err
+
+
+def test_eval_reads_a_folder_of_pictures(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    from ditnano.images import load_images
+    monkeypatch.setenv('DITNANO_CACHE', str(tmp_path/'cache'))
+    (tmp_path/'own').mkdir()
+    for k, image in enumerate(load_images('digits32').images[:40]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path/'own'/f'{k}.png')
+    (tmp_path/'own'/'broken.png').write_bytes(b'no picture')
+    words = ['eval', '--data', str(tmp_path/'own'), '--size', '32', '--channels', '1', '--samples', '20',
+             '--device', 'cpu']
+    with pytest.raises(SystemExit): cli.main(words)
+    assert 'broken.png' in capsys.readouterr().err
+    with pytest.raises(SystemExit): cli.main([*words, '--skip-damaged'])   # read, grey; but not digitsnet's classes
+    said = capsys.readouterr()
+    assert 'skipped broken.png' in said.out and 'the reference is own@32-grey' in said.err
+
+
 WAITING = '''
     import time
     from ditnano import cli
@@ -135,3 +168,9 @@ def test_an_error_stands_below_a_progress_bar():
         cli.main(['doctor'])
     ''')
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == 'ditnano: a value; expected another'
+
+
+def test_executors_are_those_of_sweep():
+    from ditnano.lab.sweep import EXECUTORS
+    words = typing.get_args(typing.get_type_hints(cli.sweep)['executor'])
+    assert set(words) == {'auto', *EXECUTORS}

@@ -76,8 +76,8 @@ def test_pairs_of_a_diffusers_teacher(tmp_path):
     saved(tmp_path/'t', diffusers.DDIMScheduler(), num_class_embeds=4, in_channels=1, out_channels=1)
     (tmp_path/'t'/'model_index.json').write_text('{}')
     pairs = PairDataset(make_pairs(tmp_path/'t', 4, tmp_path/'p', steps=2, device='cpu'))
-    assert pairs.batch(range(4))[1].shape == (4,1,16,
-                                              16) and pairs.recipe['classes'] == 4 and pairs.recipe['teacher']['name'] == 't'
+    assert pairs.batch(range(4))[1].shape == (4,1,16,16)
+    assert pairs.recipe['classes'] == 4 and pairs.recipe['teacher']['name'] == 't'
     assert load_teacher(tmp_path/'t').hash == pairs.recipe['teacher']['sha256']
 
 

@@ -35,7 +35,8 @@ def random_teacher(name, seed=0):
     torch.manual_seed(seed)
     net = build_denoiser(kind, cfg).eval()
     for k,p in net.named_parameters():
-        p.copy_(torch.randn(p.shape)*(p[0].numel()**-.5 if p.dim() > 1 else 0.3) + ('norm' in k and k.endswith('weight')))
+        p.copy_(torch.randn(p.shape)*(p[0].numel()**-.5 if p.dim() > 1 else 0.3)
+                + ('norm' in k and k.endswith('weight')))
     return net
 
 
@@ -76,7 +77,8 @@ def test_the_cifar10_teacher_in_full_size():
     torch.manual_seed(0)
     net = EDMPrecond(SongUNet(UNetConfig())).eval()
     for k,p in net.named_parameters():
-        p.copy_(torch.randn(p.shape)*(p[0].numel()**-.5 if p.dim() > 1 else 0.3) + ('norm' in k and k.endswith('weight')))
+        p.copy_(torch.randn(p.shape)*(p[0].numel()**-.5 if p.dim() > 1 else 0.3)
+                + ('norm' in k and k.endswith('weight')))
     x, s, y, aug = torch.randn(1,3,32,32)*2, torch.tensor([1.3]), torch.eye(10)[3:4], torch.randn(1, 9)
     assert relative(net(x, s, y, aug), plain_unet.edm(net.state_dict(), x, s, y, aug)) < 1e-5
 

@@ -68,11 +68,13 @@ def test_an_altered_shard_is_found_at_first_touch_and_a_wrong_number_names_its_p
     change(folder, 1, lambda t: t['x'][2].fill_(9.))
     data = PairDataset(folder)
     data.batch(range(4))
-    with pytest.raises(ValueError, match='pairs-000000004-000000007.safetensors: damaged or altered'): data.batch([0, 5])
+    with pytest.raises(ValueError, match='pairs-000000004-000000007.safetensors: damaged or altered'):
+        data.batch([0, 5])
     with pytest.raises(ValueError, match='damaged or altered'): PairDataset(folder, check='hash')
     assert PairDataset(folder, check=None).batch([6])[1][0,0,0,0] == 9
     change(folder, 1, lambda t: t['x'][2].fill_(math.nan), listed=True)
-    with pytest.raises(ValueError, match=r'the image of pair 6 \(seed 6\) is not finite'): PairDataset(folder).batch(range(8))
+    with pytest.raises(ValueError, match=r'the image of pair 6 \(seed 6\) is not finite'):
+        PairDataset(folder).batch(range(8))
     change(folder, 1, lambda t: (t['x'].zero_(), t['z'][0].fill_(math.inf)), listed=True)
     with pytest.raises(ValueError, match=r'the noise of pair 4 \(seed 4\) is not finite'): PairDataset(folder)[4]
 
@@ -84,7 +86,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         if len(count) == 3: raise OSError(errno.ENOSPC, 'No space left on device')
         real(tensors, path)
     monkeypatch.setattr(pairs, 'save_file', full)
-    with pytest.raises(OSError, match='no space left on the disk; the shards before it are kept, run again to resume') as caught:
+    text = 'no space left on the disk; the shards before it are kept, run again to resume'
+    with pytest.raises(OSError, match=text) as caught:
         make_pairs(Gaussian(), 40, tmp_path/'p', steps=1, shard=10, device='cpu')
     assert '\n' not in str(caught.value) and len(read_manifest(tmp_path/'p')['shards']) == 2
     assert sorted(p.name[:5] for p in (tmp_path/'p').iterdir() if p.name != '.lock') == ['manif', 'pairs', 'pairs']

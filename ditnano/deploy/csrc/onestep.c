@@ -64,6 +64,13 @@ INLINE vec vmax(vec a, vec b) {
 INLINE vec vmin(vec a, vec b) { return -vmax(-a, -b); }
 #endif
 
+/* sum + a * b; compilers fuse it themselves where the processor can, but not for WebAssembly. */
+#if defined(__wasm_relaxed_simd__)
+INLINE vec multiply_add(vec sum, vec a, vec b) { return __builtin_wasm_relaxed_madd_f32x4(a, b, sum); }
+#else
+INLINE vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
+#endif
+
 /* exp(x) after Cody and Waite: a power of two, and a polynomial for the rest. */
 INLINE vec vexp(vec x) {
   const float round = 12582912.f; /* 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits */
@@ -229,8 +236,8 @@ INLINE void tile_vectors(const num *a, int stride, const unit *w, int rows, vec 
     UNROLL(8)
     for (int i = 0; i < TILE_ROWS; i++) {
       vec b = splat(a[i * stride + k]);
-      s[i][0] += b * w0;
-      s[i][1] += b * w1;
+      s[i][0] = multiply_add(s[i][0], b, w0);
+      s[i][1] = multiply_add(s[i][1], b, w1);
     }
   }
 #endif

@@ -301,29 +301,48 @@ StudentError student_open(Student **student, const void *weights, size_t weights
   return STUDENT_OK;
 }
 
-StudentError student_draw_floats(Student *student, uint32_t seed, int label, float guidance, float *image) {
-  int drawn;
+static StudentError check_inputs(int label, float guidance) {
   if (label < STUDENT_ANY_LABEL || label >= LABEL_ROWS) return STUDENT_BAD_LABEL;
-  if (!(guidance - guidance == 0) || (guidance != 1 && STUDENT_NULL_LABEL < 0)) return STUDENT_BAD_GUIDANCE;
-  student_noise(seed, student->noise, &drawn);
-  if (label == STUDENT_ANY_LABEL) label = drawn;
-  onestep_draw(&student->net, student->noise, label, image, student->scratch, 0, 1);
-  if (guidance == 1) return STUDENT_OK;
-  onestep_draw(&student->net, student->noise, STUDENT_NULL_LABEL, student->unguided, student->scratch, 0, 1);
+  return !(guidance - guidance == 0) || (guidance != 1 && STUDENT_NULL_LABEL < 0) ? STUDENT_BAD_GUIDANCE : STUDENT_OK;
+}
+
+static void draw_guided(Student *student, const float *noise, int label, float guidance, float *image) {
+  onestep_draw(&student->net, noise, label, image, student->scratch, 0, 1);
+  if (guidance == 1) return;
+  onestep_draw(&student->net, noise, STUDENT_NULL_LABEL, student->unguided, student->scratch, 0, 1);
   for (int i = 0; i < IMAGE_NUMBERS; i++)
     image[i] = student->unguided[i] + guidance * (image[i] - student->unguided[i]);
+}
+
+static void to_bytes(const float *image, uint8_t *pixels) {
+  const int area = STUDENT_IMAGE_SIZE * STUDENT_IMAGE_SIZE;
+  for (int c = 0; c < STUDENT_CHANNELS; c++)
+    for (int i = 0; i < area; i++) {
+      float grey = image[c * area + i] * 127.5f + 128;
+      pixels[i * STUDENT_CHANNELS + c] = (uint8_t)(grey < 0 ? 0 : grey > 255 ? 255 : grey);
+    }
+}
+
+StudentError student_draw_floats(Student *student, uint32_t seed, int label, float guidance, float *image) {
+  int drawn;
+  StudentError error = check_inputs(label, guidance);
+  if (error) return error;
+  student_noise(seed, student->noise, &drawn);
+  draw_guided(student, student->noise, label == STUDENT_ANY_LABEL ? drawn : label, guidance, image);
   return STUDENT_OK;
 }
 
 StudentError student_draw(Student *student, uint32_t seed, int label, float guidance, uint8_t *pixels) {
   StudentError error = student_draw_floats(student, seed, label, guidance, student->image);
+  if (!error) to_bytes(student->image, pixels);
+  return error;
+}
+
+StudentError student_draw_noise(Student *student, const float *noise, int label, float guidance, uint8_t *pixels) {
+  StudentError error = label == STUDENT_ANY_LABEL ? STUDENT_BAD_LABEL : check_inputs(label, guidance);
   if (error) return error;
-  const int area = STUDENT_IMAGE_SIZE * STUDENT_IMAGE_SIZE;
-  for (int c = 0; c < STUDENT_CHANNELS; c++)
-    for (int i = 0; i < area; i++) {
-      float grey = student->image[c * area + i] * 127.5f + 128;
-      pixels[i * STUDENT_CHANNELS + c] = (uint8_t)(grey < 0 ? 0 : grey > 255 ? 255 : grey);
-    }
+  draw_guided(student, noise, label, guidance, student->image);
+  to_bytes(student->image, pixels);
   return STUDENT_OK;
 }
 

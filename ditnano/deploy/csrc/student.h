@@ -61,6 +61,9 @@ StudentError student_draw(Student *student, uint32_t seed, int label, float guid
 /* The same before it becomes bytes: (channels, size, size), nominally in [-1, 1]. */
 StudentError student_draw_floats(Student *student, uint32_t seed, int label, float guidance, float *image);
 
+/* An image of given noise (channels, size, size), standard normal; the label is not STUDENT_ANY_LABEL. */
+StudentError student_draw_noise(Student *student, const float *noise, int label, float guidance, uint8_t *pixels);
+
 /* The noise (channels, size, size) and the label of a seed, as torch draws them. */
 void student_noise(uint32_t seed, float *noise, int *label);
 

@@ -1,0 +1,268 @@
+"Leases that are killed, slow or continued; a clock that the test drives passes the time, and one small lease is real."
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ditnano.config import Scale
+from ditnano.dit import DiT, randomize_weights
+from ditnano.edm import READERS, load_teacher
+from ditnano.lab.evidence import rows_of
+from ditnano.lab.execute import TimeLimitReached
+from ditnano.lab.experiments import as_student
+from ditnano.lab.lease import (
+    LeaseWork,
+    Packs,
+    SimulatedClock,
+    lease,
+    missing_runs,
+    read_pack,
+    run_lease,
+    summarize_missing,
+    take_packs,
+)
+from ditnano.lab.runs import Run, collect, run_once
+
+NOTHING = {'losses': {'losses': ['L2'], 'setups': []}, 'depth': {'depths': []}, 'width': {'widths': []},
+           'heads': {'heads': []}, 'ta': {'assistant': [1, 32, 4], 'settings': []}, 'mi1': {'mappings': []},
+           'get_baseline': {'models': [], 'students': []}, 'mlp_ratio': {'ratios': []},
+           'layer_heads': {'layouts': []}, 'steps': {'steps': []}}
+DESIGNS = [[1, 128, 8], [2, 96, 8], [5, 64, 4], [5, 64, 8], [9, 48, 6], [21, 32, 4]]
+DIGITS = Scale(name='smoke', pairs=400, images=256, batch=32, samples=40, loss='L2', precision='fp32',
+               experiments=NOTHING | {'sizes': {'designs': DESIGNS}})
+
+
+class Killed(BaseException):
+    "What no handler may catch."
+
+
+class MortalClock(SimulatedClock):
+    "Ends the lease at a moment in the middle of whatever is done then."
+    def __init__(self, end=float('inf')):
+        super().__init__()
+        self.end = end
+
+    def sleep(self, seconds):
+        if self.now+seconds >= self.end: raise Killed
+        super().sleep(seconds)
+
+
+class SimulatedWork(LeaseWork):
+    "Packs, records and weights are real; training only passes time, 17 s a run on a machine of speed 1."
+    def __init__(self, *args, clock, speed=1., teacher='shipped', **kwargs):
+        super().__init__(*args, **kwargs)
+        self.clock, self.speed, self.teacher, self.computed = clock, speed, teacher, []
+
+    def sleep(self, seconds): self.clock.sleep(seconds/self.speed)
+
+    def preflight(self):
+        self.sleep(2)
+        self.record('preflight', {'machine': 'simulated'}, lambda folder: {'metrics': {'images/s': 1.}}, 'preflight')
+
+    def has_teacher(self): return self.teacher == 'shipped'
+
+    def teacher_rate(self):
+        self.sleep(3)
+        return 5000*self.speed
+
+    def make_teacher(self, images, seconds):
+        self.sleep(images/5000)
+        self.keep_teacher(load_teacher('digits32'), {'images': images})
+        self.teacher = 'shipped'
+
+    def evaluate_teacher(self, seconds): self.sleep(2)
+    def pairs_seconds(self): return 10/self.speed
+    def make_pairs(self, seconds): self.sleep(10)
+
+    def measure(self):
+        self.sleep(1)
+        flops = dict.fromkeys((32, 48, 64, 96, 128), 1e12)
+        self.rates = self.notes['rates'] = {'flops': flops, 'loss': 0., 'teacher': 0., 'extractors': 0.}
+
+    def expected_seconds(self, config): return 17/self.speed
+
+    def distill(self, config, minutes):
+        self.computed.append(Run(self.runs, 'distill', config).key)
+        def compute(folder):
+            self.sleep(17)
+            student = randomize_weights(DiT(as_student(config['student'])))
+            student.save_pretrained(folder/'student', {'config': config})
+            return {'metrics': {'FD-digitsnet': 20+random.random()}, 'samples': 40, 'device': {'device': 'cpu'}}
+        return run_once(self.runs, 'distill', config, compute, 'run', self.scale.name, config['train']['seed'])
+
+
+@pytest.fixture(autouse=True)
+def readers():
+    "Names of teachers mean afterwards what they meant before."
+    before = dict(READERS)
+    yield
+    READERS.clear()
+    READERS.update(before)
+
+
+def quiet(line): pass
+
+
+def simulate(folder, clock, minutes=3, take=None, scale=DIGITS, **kwargs):
+    "A lease into folder/out; its work and its rows, None where it was killed."
+    work = SimulatedWork(scale, Packs(folder/'out'), folder/'work', 'cpu', log=quiet, clock=clock, **kwargs)
+    if take: take_packs(take, work.runs, work.weights)
+    try: return work, run_lease(work, minutes, clock, quiet)
+    except Killed: return work, None
+
+
+def packed_runs(folder):
+    "Keys of the distilled students in the packs."
+    names = [name for p in sorted(folder.glob('pack-*.tar')) for name in read_pack(p)[0]]
+    records = [n for n in names if n.startswith('runs/distill-') and n.endswith('/result.json')]
+    return {n.split('/')[1].partition('-')[2] for n in records}
+
+
+def test_three_minutes_end_in_time(tmp_path):
+    clock = SimulatedClock()
+    work, rows = simulate(tmp_path, clock, scale=replace(DIGITS, seeds=(0, 1)))
+    assert 0.9*180 <= clock.now <= 1.05*180
+    assert set(work.computed) == packed_runs(tmp_path/'out') and len(work.computed) == 9
+    assert {p.name for p in (tmp_path/'out').iterdir()} <= {f'pack-{i}.tar' for i in range(8)}
+
+
+def test_leftover_time_is_named(tmp_path):
+    clock = SimulatedClock()
+    work, rows = simulate(tmp_path, clock, minutes=1.5)
+    assert clock.now <= 90 and rows[-1]['what'] == 'not started' and 'do not fit into' in rows[-1]['note']
+
+
+def test_machine_that_becomes_slow(tmp_path):
+    "A run that was begun and does not end in time is the last one, and the only one unfinished."
+    class Slowing(SimulatedWork):
+        def distill(self, config, minutes):
+            if len(self.computed) == 2:
+                self.clock.sleep(60*minutes)
+                raise TimeLimitReached('stopped at 80%')
+            return super().distill(config, minutes)
+    clock = SimulatedClock()
+    work = Slowing(DIGITS, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet, clock=clock)
+    rows = run_lease(work, 3, clock, quiet)
+    assert rows[-1]['what'] == 'time is up' and '80%' in rows[-1]['note'] and clock.now <= 1.05*180
+    assert len(packed_runs(tmp_path/'out')) == 2
+
+
+def test_killed_at_any_moment(tmp_path):
+    moments = [random.Random(7).uniform(1, 140) for _ in range(10)]
+    for i, moment in enumerate(moments):
+        first, second, home = (tmp_path/f'{i}-{k}' for k in ('first', 'second', 'home'))
+        killed, rows = simulate(first, MortalClock(moment))
+        assert rows is None
+        kept = packed_runs(first/'out')
+        assert len(set(killed.computed)-kept) <= 1   # at most the one in progress
+        later, rows = simulate(second, SimulatedClock(), take=first/'out' if kept else None)
+        assert not kept & set(later.computed) and rows[-1]['end'] <= 1.05*180
+        for folder in (first, second):
+            if not list(folder.glob('out/pack-*.tar')): continue
+            take_packs(folder/'out', home/'runs', home/'weights', home/'evidence')
+        assert missing_runs(DIGITS, home/'evidence') == []
+        assert len(rows_of(collect(home/'evidence'), 'sizes', 'smoke')) == 6
+
+
+def test_second_lease_has_nothing_to_do(tmp_path):
+    simulate(tmp_path/'a', SimulatedClock())
+    work, rows = simulate(tmp_path/'b', clock := SimulatedClock(), take=tmp_path/'a'/'out')
+    assert work.computed == [] and clock.now < 30
+
+
+def test_killed_while_a_pack_is_written(tmp_path, monkeypatch):
+    "The packs before stay as they were, whatever was half-written beside them."
+    simulate(tmp_path, MortalClock(60))
+    before = {p.name: p.read_bytes() for p in (tmp_path/'out').glob('pack-*.tar')}
+    packs, write = Packs(tmp_path/'out'), Path.write_bytes
+
+    def half(path, data):
+        write(path, data[:len(data)//2])
+        raise Killed
+    monkeypatch.setattr(Path, 'write_bytes', half)
+    with pytest.raises(Killed): packs.add({'runs/distill-0123456789ab/result.json': bytes(9000)}, {})
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in (tmp_path/'out').glob('pack-*.tar')} == before
+    assert packed_runs(tmp_path/'out')
+
+
+def test_missing_minutes_are_reported(tmp_path):
+    simulate(tmp_path/'a', SimulatedClock(), minutes=1.5)
+    _, _, notes = take_packs(tmp_path/'a'/'out', tmp_path/'runs', tmp_path/'weights', tmp_path/'evidence')
+    text = summarize_missing(DIGITS, notes, tmp_path/'evidence')
+    assert 'of 8 runs are missing, about' in text and 'minutes at the rates of' in text
+    assert 'no lease has measured rates' in summarize_missing(DIGITS, {}, tmp_path/'evidence')
+
+
+def test_slow_machine_finishes_a_teacher_or_says_why(tmp_path, monkeypatch):
+    clock = SimulatedClock()
+    work, rows = simulate(tmp_path/'slow', clock, minutes=3, speed=0.1, teacher='none')
+    assert any(r['what'].startswith('teacher:') for r in rows) and (tmp_path/'slow'/'work'/'weights').is_dir()
+    assert clock.now <= 1.05*180
+    with pytest.raises(ValueError, match='teacher: .* images/s here .* expected .* or more, as in') as e:
+        simulate(tmp_path/'slower', clock := SimulatedClock(), minutes=3, speed=0.005, teacher='none')
+    assert 'minutes' in str(e.value)
+
+
+def test_another_teacher_is_refused(tmp_path):
+    work = SimulatedWork(DIGITS, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet, clock=SimulatedClock())
+    net = load_teacher('digits32')
+    work.keep_teacher(net, {'images': 1})
+    assert take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights')[0] == ['digits32']
+    assert take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights')[0] == []
+    next(net.parameters()).data.add_(1)
+    other = SimulatedWork(DIGITS, Packs(tmp_path/'out2'), tmp_path/'work2', 'cpu', log=quiet, clock=SimulatedClock())
+    other.keep_teacher(net, {'images': 1})
+    with pytest.raises(ValueError, match="teacher 'digits32': another one"):
+        take_packs(tmp_path/'out2', tmp_path/'runs', tmp_path/'weights')
+
+
+TINY = Scale(name='smoke', pairs=40, images=32, batch=16, samples=24, loss='L2', precision='fp32',
+             experiments=NOTHING | {'sizes': {'designs': [[1, 32, 4]]},
+                                    'ta': {'assistant': [1, 32, 4], 'settings': [[0, 1, 0]]}})
+
+
+@pytest.mark.slow
+def test_real_lease_on_digits(tmp_path):
+    rows = lease(TINY, 5, tmp_path/'out', device='cpu', work=tmp_path/'work', log=quiet)
+    assert [r['what'] for r in rows][:4] == ['preflight', 'evaluation of the teacher', 'pairs', 'rates']
+    new, _, notes = take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights', tmp_path/'evidence')
+    kinds = sorted(n.partition('-')[0] for n in new)
+    assert kinds == ['distill']*3+['preflight', 'teacher'] and notes['rates']['loss'] >= 0
+    frame = collect(tmp_path/'evidence')
+    assert frame[frame.kind == 'distill']['FD-digitsnet'].gt(0).all() and missing_runs(TINY, tmp_path/'evidence') == []
+    again = lease(TINY, 5, tmp_path/'out2', tmp_path/'out', 'cpu', work=tmp_path/'work2', log=quiet)
+    assert [r['what'] for r in again][-1] == 'rates'
+
+
+@pytest.mark.slow
+def test_real_teacher_is_trained_packed_and_used(tmp_path):
+    work = LeaseWork(TINY, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet)
+    work.make_teacher(64, 600)
+    assert take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights')[0] == ['digits32']
+    trained = load_teacher('digits32')
+    assert trained.hash == load_teacher(tmp_path/'weights'/'teacher-digits32').hash
+    assert trained.card['train']['images'] == 64 and trained.card['train']['anneal']
+    assert work.has_teacher() and load_teacher('digits32').hash == trained.hash
+
+
+def test_missing_packages_are_named_first(tmp_path):
+    strange = Scale(name='smoke', data='nosuch', experiments=NOTHING | {'sizes': {'designs': []}})
+    with pytest.raises(ValueError, match='images nosuch.*before a lease begins'):
+        lease(strange, 1, tmp_path/'out', device='cpu', work=tmp_path/'work', log=quiet)
+    assert not (tmp_path/'out').exists()
+
+
+def test_plan_from_an_empty_folder_without_home(tmp_path):
+    "No git, no HOME, nothing installed: PYTHONPATH alone."
+    env = {k: v for k, v in os.environ.items() if k not in ('HOME', 'DITNANO_CACHE', 'PYTHONPATH')}
+    root = Path(__file__).resolve().parents[2]
+    env |= {'PYTHONPATH': str(root), 'DITNANO_COMMIT': '0'*40}
+    command = [sys.executable, '-m', 'ditnano', 'lease', '--dry-run', '--minutes', '9']
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and 'preflight' in done.stdout and 'DiT (1, 128, 8)' in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
