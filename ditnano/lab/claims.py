@@ -6,14 +6,14 @@
 __all__ = ['HOLDS', 'FAILS', 'OPEN', 'MAX_SEEDS', 'TERMS', 'REQUIRED_COLUMNS', 'MIN_TIMED_BATCHES', 'GPU_IMAGES_PER_S',
            'CPU_SCALES', 'LARGE_RATIO', 'CLOSE_RATIO', 'FASTER_RATIO', 'RULES', 'name_of', 'planned_rows', 'runs_of',
            'Part', 'lower_than', 'quality_part', 'latency_part', 'measured_rate', 'deciding_runs', 'figure_4_series',
-           'Claim', 'Verdict', 'combine', 'evaluate_claims']
+           'paper_values', 'Claim', 'Verdict', 'combine', 'evaluate_claims']
 
 # %% ../../nbs/lab/10_claims.ipynb #5aed96a9
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable
 
 import pandas as pd
 
@@ -23,7 +23,7 @@ from .experiments import BASE, EXPERIMENTS, as_student
 from .runs import read_result
 from .statistics import MIN_DEGREES_OF_FREEDOM, common_metrics, compare, format_number, seed_spread
 from ..paper import CLAIMS, frame, lookup, table
-from ..principles import count_flops, count_params, heads
+from ..principles import count_flops, count_params
 
 # %% ../../nbs/lab/10_claims.ipynb #37250bf2
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not decidable at this scale'
@@ -38,8 +38,11 @@ def name_of(
 
 def _label(experiment, row, m, s):
     shape, options = name_of((m.depth,m.width,m.heads)), row.get('options') or {}
-    if experiment=='losses': return 'DMD' if row.get('recipe')=='dmd' else row['loss'] if row['loss'] in ('L1','L2') else 'LPIPS'
-    if experiment=='ta': return 'the assistant itself' if m.depth!=BASE[0] or m.width!=BASE[1] else TERMS.get(tuple(options.get('weights',(1,0,0))), str(options))
+    if experiment=='losses':
+        return 'DMD' if row.get('recipe')=='dmd' else row['loss'] if row['loss'] in ('L1','L2') else 'LPIPS'
+    if experiment=='ta':
+        if (m.depth,m.width)!=BASE[:2]: return 'the assistant itself'
+        return TERMS.get(tuple(options.get('weights',(1,0,0))), str(options))
     if experiment=='mi1': return f"layers {', '.join(map(str, options.get('layers', BASE[:1])))}"
     if experiment=='get_baseline': return f"{'GET' if isinstance(m,GETConfig) else 'DiT'} {shape}"
     return f'{shape} twice as long' if row.get('images', s.images)==2*s.images else shape
@@ -53,12 +56,16 @@ def planned_rows(
     for r in EXPERIMENTS[experiment](s, **s.experiments.get(experiment,{})):
         m = as_student(r['design'])
         kind = 'GET' if isinstance(m,GETConfig) else 'DiT'
-        same = dict(model=kind, depth=m.depth, width=m.width, heads=m.heads, recipe=r.get('recipe','get'), loss=r.get('loss') or s.loss, images=r.get('images') or s.images)
-        rows.append(dict(label=_label(experiment,r,m,s), guidance=r.get('guidance') or (1.0 if kind=='GET' else s.guidance), options=json.loads(json.dumps(r.get('options') or {})), **same))
+        same = dict(model=kind, depth=m.depth, width=m.width, heads=m.heads, recipe=r.get('recipe','get'),
+                    loss=r.get('loss') or s.loss, images=r.get('images') or s.images)
+        guidance = r.get('guidance') or (1.0 if kind=='GET' else s.guidance)
+        options = json.loads(json.dumps(r.get('options') or {}))
+        rows.append(dict(label=_label(experiment,r,m,s), guidance=guidance, options=options, **same))
     return rows
 
 # %% ../../nbs/lab/10_claims.ipynb #006f307d
-REQUIRED_COLUMNS = ('kind','scale','seed','model','depth','width','heads','recipe','loss','images','guidance','options','batch','lr','pairs','samples','mlp_ratio','steps','data','teacher','folder')
+REQUIRED_COLUMNS = ('kind','scale','seed','model','depth','width','heads','recipe','loss','images','guidance','options',
+                    'batch','lr','pairs','samples','mlp_ratio','steps','data','teacher','folder')
 
 def runs_of(
     found:pd.DataFrame, # What `runs.collect` gives
@@ -67,14 +74,21 @@ def runs_of(
 )->pd.DataFrame: # Its runs, with a `label`
     "The runs that an experiment has at a scale."
     found = found.reindex(columns=list(dict.fromkeys([*found,*REQUIRED_COLUMNS])))
-    alike = dict(kind='distill', scale=s.name, batch=s.batch, lr=s.lr, pairs=s.pairs, samples=s.samples, mlp_ratio=4.0, steps=1)
+    alike = dict(kind='distill', scale=s.name, batch=s.batch, lr=s.lr, pairs=s.pairs, samples=s.samples,
+                 mlp_ratio=4.0, steps=1)
     for k,v in alike.items(): found = found[(found[k]==v).fillna(False).astype(bool)]
-    fits = lambda r,p: all(r[k]==v for k,v in p.items() if k not in ('label','options')) and p['options'].items()<=json.loads(r['options'] or '{}').items()
+    def fits(r, p):
+        if any(r[k]!=v for k,v in p.items() if k not in ('label','options')): return False
+        return p['options'].items()<=json.loads(r['options'] or '{}').items()
     labels = {i:p['label'] for p in planned_rows(experiment,s) for i,r in found.iterrows() if fits(r,p)}
     rows = found.loc[list(labels)].assign(label=list(labels.values())).reset_index(drop=True)
     for c in ('data','teacher'):
-        if rows[c].nunique()>1: raise ValueError(f"{experiment} at {s.name}: runs mix {c} {', '.join(sorted(rows[c].unique()))}; expected one")
-    if (twice := rows.duplicated(['label','seed'])).any(): raise ValueError(f"{experiment} at {s.name}: {rows.label[twice].iloc[0]} has two runs of seed {rows.seed[twice].iloc[0]}; expected one")
+        if rows[c].nunique()>1:
+            raise ValueError(f"{experiment} at {s.name}: runs mix {c} {', '.join(sorted(rows[c].unique()))}; "
+                             f"expected one")
+    if (twice := rows.duplicated(['label','seed'])).any():
+        raise ValueError(f"{experiment} at {s.name}: {rows.label[twice].iloc[0]} has two runs of seed "
+                         f"{rows.seed[twice].iloc[0]}; expected one")
     return rows
 
 def _best_scale(found, experiment): return best_scale(found, experiment) if len(found) else SCALES[-1]
@@ -107,7 +121,8 @@ def _mean_text(rows, labels):
         own = rows[rows.label.isin(labels)].groupby('label')[j].agg(['mean','count'])
         listed = [f"{l} {format_number(own['mean'][l])}" for l in labels if l in own.index and own['count'][l]]
         s, degrees_of_freedom = seed_spread(rows, j)
-        if listed: texts.append(f"{j}: {', '.join(listed)}"+(f" (spread over seeds {100*s:.1f}%, {degrees_of_freedom} degrees of freedom)" if s is not None else ''))
+        spread = f" (spread over seeds {100*s:.1f}%, {degrees_of_freedom} degrees of freedom)" if s is not None else ''
+        if listed: texts.append(f"{j}: {', '.join(listed)}{spread}")
     return '; '.join(texts) or 'not run'
 
 
@@ -115,7 +130,8 @@ def _open_text(rows, labels, open_):
     missing = [l for l in labels if l not in set(rows.label)]
     others = [(t,c.why) for t,c in open_ if not c.why.startswith('not run')]
     each = dict.fromkeys(w for _,w in others)
-    whys = list(each) if len(each)==1 and not missing else [f"{', '.join(t for t,w in others if w==why)}: {why}" for why in each]
+    whys = [f"{', '.join(t for t,w in others if w==why)}: {why}" for why in each]
+    if len(each)==1 and not missing: whys = list(each)
     return '; '.join(([f"not run: {', '.join(missing)}"] if missing else [])+whys)
 
 # %% ../../nbs/lab/10_claims.ipynb #486ea5a7
@@ -126,35 +142,41 @@ def quality_part(
 )->Part:
     "The part of a claim that trained students decide; at smoke they never do."
     labels = list(dict.fromkeys(l for _,w in comparisons for l in w))
-    if scale=='smoke': return Part('quality', OPEN, 'not ranked at smoke', 'smoke proves the path and ranks nothing', scale)
+    if scale=='smoke':
+        return Part('quality', OPEN, 'not ranked at smoke', 'smoke proves the path and ranks nothing', scale)
     got = [(texts, compare(rows, w, len(comparisons))) for texts,w in comparisons]
     used = tuple(rows[rows.label.isin(labels)].folder)
     higher, open_ = [(t,c) for t,c in got if c.outcome=='higher'], [(t,c) for t,c in got if c.outcome=='open']
-    if higher: return Part('quality', FAILS, _mean_text(rows,labels), '; '.join(f'not {t} ({c.why})' for t,c in higher), scale, used)
-    if not open_: return Part('quality', HOLDS, _mean_text(rows,labels), '; '.join(f'{t} ({c.why})' for t,c in got), scale, used)
+    ours = _mean_text(rows, labels)
+    if higher: return Part('quality', FAILS, ours, '; '.join(f'not {t} ({c.why})' for t,c in higher), scale, used)
+    if not open_: return Part('quality', HOLDS, ours, '; '.join(f'{t} ({c.why})' for t,c in got), scale, used)
     most = max((c for _,c in open_), key=lambda c: c.seeds)
-    return Part('quality', OPEN, _mean_text(rows,labels), _open_text(rows, labels, open_), scale, used, most.seeds, most.metric)
+    return Part('quality', OPEN, ours, _open_text(rows, labels, open_), scale, used, most.seeds, most.metric)
 
 # %% ../../nbs/lab/10_claims.ipynb #d0c9d6b1
 MIN_TIMED_BATCHES = 5  # Timed batches behind a latency that counts
 
 _TIMED_COLUMNS = ('kind','scale','live','card','p50_ms','p90_ms','seconds_50k','mlp_ratio','steps',
-                  *(f'latency_{k}' for k in ('precision','backend','guidance','attention','batch','batches','settled','size')))
+                  *(f'latency_{k}' for k in ('precision','backend','guidance','attention','batch','batches',
+                                             'settled','size')))
 
 def _timings(found, s, scale):
     "What was timed alike, this machine's own first: its name -> {(model, depth, width, heads, guided): row}."
     timed = found.reindex(columns=list(dict.fromkeys([*found,*_TIMED_COLUMNS,*REQUIRED_COLUMNS])))
     timed = timed.assign(latency_size=timed.latency_size.fillna(TIMED_SIZE))
-    wanted = dict(kind='latency', latency_precision='fp32', latency_backend='eager', latency_size=TIMED_SIZE, mlp_ratio=4.0, steps=1)
+    wanted = dict(kind='latency', latency_precision='fp32', latency_backend='eager', latency_size=TIMED_SIZE,
+                  mlp_ratio=4.0, steps=1)
     for k,v in wanted.items(): timed = timed[(timed[k]==v).fillna(False).astype(bool)]
-    times_nothing = bool(s.experiments) and 'latency' not in s.experiments   # as scale night, which takes the timings of others
+    # as scale night, which takes the timings of others
+    times_nothing = bool(s.experiments) and 'latency' not in s.experiments
     scales = SCALES if scale=='best' or times_nothing else [s.name]
     enough = (timed.latency_batches>=MIN_TIMED_BATCHES) & timed.latency_settled.eq(True)
     timed = timed[timed.scale.isin(scales) & enough]
     sets, several = {}, timed.groupby('card').scale.nunique()
     for (card,_,_,name),own in timed.groupby(['card','latency_attention','latency_batch','scale'], dropna=False):
         texts = f'{card}, scale {name}' if several[card]>1 else card
-        sets[not own.live.eq(True).any(), texts] = {(r.model,r.depth,r.width,r.heads,r.latency_guidance!=1):r for r in own.itertuples()}
+        rows = {(r.model,r.depth,r.width,r.heads,r.latency_guidance!=1):r for r in own.itertuples()}
+        sets[not own.live.eq(True).any(), texts] = rows
     return {texts:sets[live,texts] for live,texts in sorted(sets)}
 
 def _compare_timings(a, b, factor):
@@ -166,30 +188,40 @@ def latency_part(
     found:pd.DataFrame, # What `runs.collect` gives
     s:Scale,            # Scale, unless the best is asked for
     scale:str,          # 'best', or anything else for `s`
-    comparisons:list,        # (a, b, factor): a must be faster than `factor` times b; each (model, depth, width, heads, guided)
+    comparisons:list,   # (a, b, factor): a faster than `factor` times b; each (model, depth, width, heads, guided)
 )->Part:
     "The part of a claim that a stop-watch decides, on the machine that holds it."
     designs = list(dict.fromkeys(d for a,b,_ in comparisons for d in (a,b)))
-    sets = {n:own for n,rows in _timings(found, s, scale).items() if len(own := {d:rows[d] for d in designs if d in rows})>1}
-    got = [{_compare_timings(rows[a], rows[b], f) for rows in sets.values() if a in rows and b in rows} for a,b,f in comparisons]
-    if set() in got: return Part('latency', OPEN, 'not timed', f"no machine has timed all of {', '.join(map(_timed_name,designs))}, in {MIN_TIMED_BATCHES} batches or more after it had settled")
+    sets = {n:own for n,rows in _timings(found, s, scale).items()
+            if len(own := {d:rows[d] for d in designs if d in rows})>1}
+    got = [{_compare_timings(rows[a], rows[b], f) for rows in sets.values() if a in rows and b in rows}
+           for a,b,f in comparisons]
+    if set() in got:
+        return Part('latency', OPEN, 'not timed', f"no machine has timed all of {', '.join(map(_timed_name,designs))}, "
+                    f"in {MIN_TIMED_BATCHES} batches or more after it had settled")
     outcome = FAILS if {'higher'} in got else HOLDS if all(g=={'lower'} for g in got) else OPEN
     shown = [w for w,g in zip(comparisons,got) if outcome==HOLDS or (g=={'higher'} if outcome==FAILS else g!={'lower'})]
-    why = '; '.join(_ratio_text(sets,*w) for w in shown)+(', which is within what the batches differ, or changes from machine to machine' if outcome==OPEN else '')
-    ours = '; '.join(f"{', '.join(f'{_timed_name(d)} {r.seconds_50k:,.0f} s' for d,r in rows.items())} on {n}" for n,rows in sets.items())
+    why = '; '.join(_ratio_text(sets,*w) for w in shown)
+    if outcome==OPEN: why += ', which is within what the batches differ, or changes from machine to machine'
+    ours = '; '.join(f"{', '.join(f'{_timed_name(d)} {r.seconds_50k:,.0f} s' for d,r in rows.items())} on {n}"
+                     for n,rows in sets.items())
     every = [r for rows in sets.values() for r in rows.values()]
     images = '50,000 images' if s.image_size==TIMED_SIZE else f'50,000 images of {TIMED_SIZE}x{TIMED_SIZE}'
-    return Part('latency', outcome, f'{ours}; for {images}, none of them on the Jetson', why, ', '.join(dict.fromkeys(r.scale for r in every)), tuple(r.folder for r in every), machine=' and '.join(dict.fromkeys(r.card for r in every)))
+    return Part('latency', outcome, f'{ours}; for {images}, none of them on the Jetson', why,
+                ', '.join(dict.fromkeys(r.scale for r in every)), tuple(r.folder for r in every),
+                machine=' and '.join(dict.fromkeys(r.card for r in every)))
 
 # %% ../../nbs/lab/10_claims.ipynb #9abe42bb
 def _ratio_text(sets, a, b, f):
-    each = ' and '.join(f"{rows[a].p50_ms/rows[b].p50_ms:.2f}"+f' ({n})'*(len(sets)>1) for n,rows in sets.items() if a in rows and b in rows)
+    each = ' and '.join(f"{rows[a].p50_ms/rows[b].p50_ms:.2f}"+f' ({n})'*(len(sets)>1) for n,rows in sets.items()
+                        if a in rows and b in rows)
     return f"{_timed_name(a)} takes {each} times as long as {_timed_name(b)}{_latency_request(a,b,f)}"
 
 def _latency_request(a, b, f):
     jetson = {(r['depth'],r['width'],r['heads']):r['latency_s'] for r in table(6) if r['epochs']==100}
     listed = [f'{f:g} or less asked'] if f!=1 else []
-    if a[0]==b[0]=='DiT' and {a[1:4],b[1:4]}<=set(jetson): listed.append(f"{jetson[a[1:4]]/jetson[b[1:4]]:.2f} on the paper's Jetson")
+    if a[0]==b[0]=='DiT' and {a[1:4],b[1:4]}<=set(jetson):
+        listed.append(f"{jetson[a[1:4]]/jetson[b[1:4]]:.2f} on the paper's Jetson")
     return f" ({', '.join(listed)})" if listed else ''
 
 def _timed_name(d): return f"{'GET ' if d[0]=='GET' else ''}{name_of(d[1:4])}"
@@ -199,10 +231,12 @@ GPU_IMAGES_PER_S = 30_000 # Images per second at which a data-centre GPU is assu
 
 def _relative_cost(found, recipe):
     "How many times as long an image takes as in plain distillation of the same shape."
-    rate = found[found.kind=='cost'].groupby('recipe')['images_per_s'].min() if {'images_per_s','recipe'}<=set(found) else {}
+    if not {'images_per_s','recipe'}<=set(found): return 1.
+    rate = found[found.kind=='cost'].groupby('recipe')['images_per_s'].min()
     return float(rate['get']/rate[recipe]) if 'get' in rate and recipe in rate and recipe!='get' else 1.
 
-def _run_flops(found, row): return row['images']*count_flops(row['depth'], row['width'])*_relative_cost(found, row['recipe'])
+def _run_flops(found, row):
+    return row['images']*count_flops(row['depth'], row['width'])*_relative_cost(found, row['recipe'])
 
 CPU_SCALES = ('night','cpu')  # Scales meant for a processor; their rate is measured
 
@@ -212,11 +246,12 @@ def _train_seconds(folder): return (read_result(folder) or {'device':{}})['devic
 def measured_rate(
     found:pd.DataFrame, # What `runs.collect` gives
     s:Scale,            # How much of everything
-)->tuple: # Operations of the student's forward per second of training (median), and the machine; (None, '') where nothing was timed
+)->tuple: # Operations of the forward per second of training (median), and the machine; (None, '') without timings
     "How fast plain students of a scale were trained."
     own = found[(found.kind=='distill') & (found.scale==s.name)] if len(found) else found
     own = own[(own.recipe=='get') & (own.images==s.images) & (own.model=='DiT')] if len(own) else own
-    rates = {r.device:r.images*count_flops(r.depth,r.width)/t for r in own.itertuples() if (t := _train_seconds(r.folder))}
+    rates = {r.device:r.images*count_flops(r.depth,r.width)/t for r in own.itertuples()
+             if (t := _train_seconds(r.folder))}
     every = [r.images*count_flops(r.depth,r.width)/t for r in own.itertuples() if (t := _train_seconds(r.folder))]
     return (float(pd.Series(every).median()), ', '.join(rates)) if every else (None, '')
 
@@ -242,21 +277,31 @@ def deciding_runs(
     part:Part,          # The part that came out open
 )->str: # A sentence
     "The runs that would decide a part, and what they would cost."
-    if part.kind=='latency': return 'To decide: time these designs with more batches and nothing else running, best on the Jetson itself (nbs/experiments/latency; minutes, no training).'
-    if part.seeds>MAX_SEEDS: return f'At the spread of {part.metric} more than {MAX_SEEDS} seeds a row would be needed: by that judge they may well be alike.'
-    if 'one judge' in part.why and 'not run' not in part.why: return f'A second judge for the runs of scale {part.scale} may decide it, at no training.'
+    if part.kind=='latency':
+        return ('To decide: time these designs with more batches and nothing else running, best on the Jetson itself '
+                '(nbs/experiments/latency; minutes, no training).')
+    if part.seeds>MAX_SEEDS:
+        return (f'At the spread of {part.metric} more than {MAX_SEEDS} seeds a row would be needed: by that judge they '
+                f'may well be alike.')
+    if 'one judge' in part.why and 'not run' not in part.why:
+        return f'A second judge for the runs of scale {part.scale} may decide it, at no training.'
     for name in dict.fromkeys([part.scale, *CPU_SCALES, 'gpu']):
         if name=='smoke': continue
-        rate, machine = measured_rate(found, load_scale(name)) if name in CPU_SCALES else (GPU_IMAGES_PER_S*count_flops(5,64), '')
+        rate, machine = GPU_IMAGES_PER_S*count_flops(5,64), ''
+        if name in CPU_SCALES: rate, machine = measured_rate(found, load_scale(name))
         plan = _plan_at_scale(found, experiment, name, comparisons, part.seeds) if rate else None
         if plan: return _plan_text(*plan, rate, machine)
     return 'No committed scale runs all of its rows.'
 
 def _plan_text(s, rows, seeds, left, work, rate, machine):
-    how = f'at the rate measured on {machine}' if machine else f'if one data-centre GPU trains {GPU_IMAGES_PER_S:,} images/s of (5, 64, 8)'
-    if not left: return f'All runs of scale {s.name} that were planned are there; a further seed would tell whether this is chance.'
+    how = (f'at the rate measured on {machine}' if machine else f'if one data-centre GPU trains {GPU_IMAGES_PER_S:,} '
+           f'images/s of (5, 64, 8)')
+    if not left:
+        return (f'All runs of scale {s.name} that were planned are there; a further seed would tell whether this '
+                f'is chance.')
     runs = f"{rows*seeds} runs at scale {s.name} ({rows} rows, {seeds} seeds)"
-    return f"To decide: {runs}{f', {left} of them still to be made' if left<rows*seeds else ''}, about {_format_duration(work/rate)} of training {how}."
+    return (f"To decide: {runs}{f', {left} of them still to be made' if left<rows*seeds else ''}, about "
+            f"{_format_duration(work/rate)} of training {how}.")
 
 # %% ../../nbs/lab/10_claims.ipynb #fb69c2d4
 LARGE_RATIO, CLOSE_RATIO, FASTER_RATIO = 2/3, 1.1, 0.8
@@ -268,21 +313,22 @@ def figure_4_series(
     "The shapes of a series of Figure 4."
     return [d for d,v in DESIGNS.items() if v==(size,kind)]
 
+_PROPOSED = {size:figure_4_series(size, 'proposed')[0] for size in SIZES}
+
 def _near_best(*sizes):
-    def wanted(s): return [lower_than(name_of(figure_4_series(z,'proposed')[0]), name_of(d), CLOSE_RATIO) for z in sizes for d,(size,kind) in DESIGNS.items() if size==z and kind!='proposed']
-    return wanted
+    "The proposed shape against every other shape of its size."
+    others = [(z,d) for z in sizes for d,(size,kind) in DESIGNS.items() if size==z and kind!='proposed']
+    return tuple(lower_than(name_of(_PROPOSED[z]), name_of(d), CLOSE_RATIO) for z,d in others)
 
 def _faster_than_deep(factor, *sizes):
-    def wanted(): return [(('DiT',*figure_4_series(z,'proposed')[0],True), ('DiT',*d,True), factor) for z in sizes for d in figure_4_series(z,'deep')]
-    return wanted
-
-def _beats_wide(s): return [lower_than(name_of(figure_4_series(z,'proposed')[0]), name_of(d)) for z in SIZES for d in figure_4_series(z,'wide')]
+    "The proposed shape against every deeper shape of its size."
+    deep = [(z,d) for z in sizes for d in figure_4_series(z,'deep')]
+    return tuple((('DiT',*_PROPOSED[z],True), ('DiT',*d,True), factor) for z,d in deep)
 
 # %% ../../nbs/lab/10_claims.ipynb #51120ac8
 def _grid_ends(s, experiment):
-    "Labels and values of the first, the middle and the last of a swept grid."
-    key = 'depth' if experiment=='depth' else 'width'
-    grid = sorted((p[key], p['label'], count_params(p['depth'],p['width'])) for p in planned_rows(experiment,s))
+    "Values, labels and parameters of the first, the middle and the last of a swept grid."
+    grid = sorted((p[experiment], p['label'], count_params(p['depth'],p['width'])) for p in planned_rows(experiment,s))
     return grid[0], grid[len(grid)//2], grid[-1]
 
 def _diminishing_gain(unit, low, middle, high):
@@ -299,84 +345,65 @@ def _width_gains(s):
     (_,la,pa), (_,lb,pb), (_,lc,pc) = _grid_ends(s, 'width')
     return [_diminishing_gain('parameter', (la,pa/1e6), (lb,pb/1e6), (lc,pc/1e6))]
 
-def _middle_heads(s):
-    d, w, _ = BASE
-    return [lower_than(name_of((d,w,heads(w))), name_of((d,w,h))) for h in (1,w)]
-
 # %% ../../nbs/lab/10_claims.ipynb #27b7e7be
 def _linear_in_depth():
     p = [count_params(d, BASE[1]) for d in range(1,11)]
     step = {b-a for a,b in zip(p,p[1:])}
-    return Part('parameters', HOLDS if len(step)==1 else FAILS, f"{', '.join(f'{x:,}' for x in sorted(step))} more per layer at width {BASE[1]}", 'every layer adds the same number')
+    return Part('parameters', HOLDS if len(step)==1 else FAILS, f"{', '.join(f'{x:,}' for x in sorted(step))} more per "
+                f"layer at width {BASE[1]}", 'every layer adds the same number')
 
 def _square_in_width():
     p = [count_params(BASE[0], w) for w in range(32,257,32)]
     second = {a-2*b+c for a,b,c in zip(p,p[1:],p[2:])}
     ok = len(second)==1 and min(second)>0
-    return Part('parameters', HOLDS if ok else FAILS, f'{p[0]:,} at width 32, {p[3]:,} at 128, {p[7]:,} at 256', 'equal steps of width have equal second differences')
+    return Part('parameters', HOLDS if ok else FAILS, f'{p[0]:,} at width 32, {p[3]:,} at 128, {p[7]:,} at 256',
+                'equal steps of width have equal second differences')
 
 def _smaller_than_get():
     ours, get = count_params(7,192), count_params(GETConfig())
     return Part('parameters', HOLDS if ours<get else FAILS, f'{ours:,} against {get:,}', 'counted by the ledger')
 
-def _nano_beats_get(s): return [lower_than('DiT (7, 192, 12)','GET (6, 256, 4)'), lower_than('GET (7, 192, 12)','GET (6, 256, 4)')]
-def _faster_than_get(): return [(('DiT',7,192,12,True), ('GET',6,256,4,False), 1)]
-
 # %% ../../nbs/lab/10_claims.ipynb #ce70ea93
-def _paper_fid(n, **where): return f"{lookup(n, **where)['FID']:.2f}"
-
 def _table_6_text(rows):
     "FID and seconds of shapes in Table 6."
-    return ', '.join(f"{name_of(d)} {r['FID']:.2f} at {r['latency_s']} s" for d in rows for r in [lookup(6, depth=d[0], width=d[1], heads=d[2], epochs=100)])
+    rows = [(d, lookup(6, depth=d[0], width=d[1], heads=d[2], epochs=100)) for d in rows]
+    return ', '.join(f"{name_of(d)} {r['FID']:.2f} at {r['latency_s']} s" for d,r in rows)
 
-def _sizes_printed(*sizes):
-    def text():
-        t = frame(6).query('epochs==100')
-        texts = []
-        for z in sizes:
-            own = t[t['size']==z].sort_values('FID').iloc[0]
-            best = (own.depth, own.width, own.heads)
-            texts.append(f"{z}: proposed {_table_6_text(figure_4_series(z,'proposed'))}; the lowest FID is not its own but {_table_6_text([best])}")
-        return '. '.join(texts)
-    return text
+def _proposed_and_best(size):
+    own = frame(6).query('epochs==100')
+    own = own[own['size']==size].sort_values('FID').iloc[0]
+    best = _table_6_text([(own.depth, own.width, own.heads)])
+    return f"{size}: proposed {_table_6_text([_PROPOSED[size]])}; the lowest FID is not its own but {best}"
 
-def _c7_printed():
-    t = frame(6).query('epochs==100')
-    low = [d for z in SIZES for d in figure_4_series(z,'deep') if lookup(6, depth=d[0], width=d[1], heads=d[2], epochs=100)['FID']<lookup(6, depth=figure_4_series(z,'proposed')[0][0], width=figure_4_series(z,'proposed')[0][1], heads=figure_4_series(z,'proposed')[0][2], epochs=100)['FID']]
-    listed = '; '.join(f"{k}: {_table_6_text(d for z in SIZES for d in figure_4_series(z,k))}" for k in ('wide','proposed','deep'))
-    return f"{listed}. Going deeper is said to worsen FID, yet it is lower for {', '.join(map(name_of,low))}"
+def _better_though_deeper():
+    fid = {(r.depth,r.width,r.heads):r.FID for r in frame(6).query('epochs==100').itertuples()}
+    return [d for z in SIZES for d in figure_4_series(z,'deep') if fid[d]<fid[_PROPOSED[z]]]
+
+@lru_cache
+def paper_values()->dict: # Name -> a row of a table, or a list in words
+    "What the templates of the rules may name."
+    rows_3 = [f"{TERMS[r.terms]} {r.FID:.2f}" for r in frame(3).itertuples()]
+    rows_4 = [f"layers {', '.join(map(str,r.layers))} {r.FID:.2f}" for r in frame(4).itertuples()]
+    rows_5 = [f"{r.method} {r.params_printed}, FID {r.FID:.2f}, {r.latency_s} s" for r in frame(5).itertuples()]
+    series = [(k, [d for z in SIZES for d in figure_4_series(z,k)]) for k in ('wide','proposed','deep')]
+    return dict(
+        t1={r['setup'] if r['loss']=='LPIPS' else r['loss']:r for r in table(1)}, t2={r['name']:r for r in table(2)},
+        t5={r['method']:r for r in table(5)}, t6={r['epochs']:r for r in table(6) if r['depth']==7 and r['width']==192},
+        rows_3=', '.join(rows_3), rows_4=', '.join(rows_4), rows_5='; '.join(rows_5),
+        sizes={z:_proposed_and_best(z) for z in SIZES}, series='; '.join(f'{k}: {_table_6_text(v)}' for k,v in series),
+        deeper=', '.join(map(name_of, _better_though_deeper())))
 
 # %% ../../nbs/lab/10_claims.ipynb #3b77fb24
-def _t1(): return f"FID {_paper_fid(1,loss='LPIPS',setup='GET')} with LPIPS, {_paper_fid(1,loss='L2')} with L2, {_paper_fid(1,loss='L1')} with L1"
-def _t1_dmd(): return f"FID {_paper_fid(1,loss='LPIPS',setup='GET')} by GET, {_paper_fid(1,setup='DMD')} by DMD; DMD was tried with one loss only"
-def _no_points(): return 'Figure 3 prints no readable points'
-def _t2_heads():
-    a, b = (lookup(2, name=n) for n in ('lower heads','proposed'))
-    return f"{a['latency_s']} s with {a['heads']} heads, {b['latency_s']} s with {b['heads']} (FID {a['FID']:.2f} and {b['FID']:.2f}), though heads are called a knob of quality alone"
-def _t3():
-    listed = ', '.join(f"{TERMS[r.terms]} {r.FID:.2f}" for r in frame(3).itertuples())
-    return f'FID {listed}; no error bars, and {TERMS[1,0,0]} is no row of Table 6'
-def _t4():
-    listed = ', '.join(f"layers {', '.join(map(str,r.layers))} {r.FID:.2f}" for r in frame(4).itertuples())
-    return f'FID {listed}: the more constrained of the two is the better one'
-def _t5():
-    listed = '; '.join(f"{r.method} {r.params_printed}, FID {r.FID:.2f}, {r.latency_s} s" for r in frame(5).itertuples())
-    return f'{listed}. GET by the principles has a lower FID than DiT-Nano after {lookup(5, method="GET, our principles")["epochs"]} epochs, and is slower than GET'
-def _t6_long():
-    a, b = (lookup(6, depth=7, width=192, heads=12, epochs=e) for e in (100,200))
-    return f"FID {a['FID']:.2f} after {a['epochs']} epochs, {b['FID']:.2f} after {b['epochs']}"
-
-# %% ../../nbs/lab/10_claims.ipynb #2fc498fc
 @dataclass(frozen=True)
 class Claim:
     "A statement of the paper and what would decide it."
-    id:str                 # 'C1' to 'C13', as in `paper.CLAIMS`
-    experiment:str         # Key of `EXPERIMENTS`, or 'latency'
-    rule:str               # What must be seen, in one sentence
-    printed:Callable       # () -> the paper's numbers as text
-    students:Callable=None # Scale -> (sentence, weights), all to come out below zero
-    clock:Callable=None    # () -> (a, b, factor), all to come out faster
-    ledger:Callable=None   # () -> Part
+    id:str         # 'C1' to 'C13', as in `paper.CLAIMS`
+    experiment:str # Key of `EXPERIMENTS`, or 'latency'
+    rule:str       # What must be seen, in one sentence
+    printed:str    # The paper's numbers, a template for `paper_values`
+    lower:tuple|Callable = () # (sentence, weights), all to come out below zero; of a swept grid: Scale -> such a list
+    faster:tuple = ()         # (a, b, factor), all to come out faster
+    count:Callable = None     # () -> Part
 
     @property
     def text(self)->str:
@@ -384,29 +411,67 @@ class Claim:
         where, texts = CLAIMS[self.id]
         return f'{texts[0].upper()}{texts[1:]} ({where})'
 
-_BEST_TEXT = {'best':f'less than {CLOSE_RATIO:g} times the distance of every other shape of its size, and at most {FASTER_RATIO:g} of the seconds of every deeper one'}
+    def comparisons(self,
+        s:Scale, # How much of everything
+    )->list: # (sentence, weights)
+        "What trained students must show."
+        return list(self.lower(s) if callable(self.lower) else self.lower)
 
+_BEST = (f'less than {CLOSE_RATIO:g} times the distance of every other shape of its size, '
+         f'and at most {FASTER_RATIO:g} of the seconds of every deeper one')
+_NO_POINTS = 'Figure 3 prints no readable points'
+
+# %% ../../nbs/lab/10_claims.ipynb #2fc498fc
 RULES = (
-    Claim('C1', 'losses', 'The perceptual loss has less than two thirds of the distance of L1 and of L2.', _t1, lambda s: [lower_than('LPIPS',l,LARGE_RATIO) for l in ('L1','L2')]),
-    Claim('C2', 'losses', 'GET with the perceptual loss has a lower distance than DMD.', _t1_dmd, lambda s: [lower_than('LPIPS','DMD')]),
-    Claim('C3', 'depth', 'Every layer adds the same number of parameters; the deepest has a lower distance than the shallowest, and the gain per layer is smaller in the second half of the sweep than in the first.', _no_points, _depth_gains, ledger=_linear_in_depth),
-    Claim('C4', 'width', 'Second differences of the parameters over width are one positive number; the distance gained per added parameter is smaller from the middle width to the widest than from the narrowest to the middle (width against depth is not judged).', _no_points, _width_gains, ledger=_square_in_width),
-    Claim('C5', 'heads', 'At (6, 128) the middle number of heads, 8, has a lower distance than 1 head and than 128.', _no_points, _middle_heads),
-    Claim('C6', 'sizes', f"At 0.42M the proposed shape has {_BEST_TEXT['best']}.", _sizes_printed('0.42M'), _near_best('0.42M'), _faster_than_deep(FASTER_RATIO,'0.42M')),
-    Claim('C7', 'sizes', 'At each of the three sizes the proposed shape has a lower distance than every wider one, and takes less time than every deeper one.', _c7_printed, _beats_wide, _faster_than_deep(1,*SIZES)),
-    Claim('C8', 'latency', '(5, 64, 4) takes less time than (5, 64, 8).', _t2_heads, clock=lambda: [(('DiT',5,64,4,True), ('DiT',5,64,8,True), 1)]),
-    Claim('C9', 'sizes', f"At 2.2M and at 5M the proposed shape has {_BEST_TEXT['best']}.", _sizes_printed('2.2M','5M'), _near_best('2.2M','5M'), _faster_than_deep(FASTER_RATIO,'2.2M','5M')),
+    Claim('C1', 'losses', 'The perceptual loss has less than two thirds of the distance of L1 and of L2.',
+          'FID {t1[GET][FID]:.2f} with LPIPS, {t1[L2][FID]:.2f} with L2, {t1[L1][FID]:.2f} with L1',
+          lower=tuple(lower_than('LPIPS', l, LARGE_RATIO) for l in ('L1','L2'))),
+    Claim('C2', 'losses', 'GET with the perceptual loss has a lower distance than DMD.',
+          'FID {t1[GET][FID]:.2f} by GET, {t1[DMD][FID]:.2f} by DMD; DMD was tried with one loss only',
+          lower=(lower_than('LPIPS','DMD'),)),
+    Claim('C3', 'depth', 'Every layer adds the same number of parameters; the deepest has a lower distance than the '
+          'shallowest, and the gain per layer is smaller in the second half of the sweep than in the first.',
+          _NO_POINTS, lower=_depth_gains, count=_linear_in_depth),
+    Claim('C4', 'width', 'Second differences of the parameters over width are one positive number; the distance gained '
+          'per added parameter is smaller from the middle width to the widest than from the narrowest to the middle '
+          '(width against depth is not judged).', _NO_POINTS, lower=_width_gains, count=_square_in_width),
+    Claim('C5', 'heads', 'At (6, 128) the middle number of heads, 8, has a lower distance than 1 head and than 128.',
+          _NO_POINTS, lower=tuple(lower_than('(6, 128, 8)', b) for b in ('(6, 128, 1)','(6, 128, 128)'))),
+    Claim('C6', 'sizes', f'At 0.42M the proposed shape has {_BEST}.', '{sizes[0.42M]}',
+          lower=_near_best('0.42M'), faster=_faster_than_deep(FASTER_RATIO,'0.42M')),
+    Claim('C7', 'sizes', 'At each of the three sizes the proposed shape has a lower distance than every wider one, and '
+          'takes less time than every deeper one.',
+          '{series}. Going deeper is said to worsen FID, yet it is lower for {deeper}',
+          lower=tuple(lower_than(name_of(_PROPOSED[z]), name_of(d)) for z in SIZES for d in figure_4_series(z,'wide')),
+          faster=_faster_than_deep(1,*SIZES)),
 )
 
-# %% ../../nbs/lab/10_claims.ipynb #81c04f13
-def _marginal_gain(s):
-    return [lower_than(TERMS[0,1,0], TERMS[1,0,0]), (f'{TERMS[0,1,0]} above 0.9 × {TERMS[1,0,0]}', {TERMS[1,0,0]:0.9, TERMS[0,1,0]:-1.}), *(lower_than(TERMS[0,1,0], TERMS[k]) for k in ((0,1,1),(1,1,1)))]
-
+# %% ../../nbs/lab/10_claims.ipynb #6e125c2b
 RULES += (
-    Claim('C10', 'ta', 'The assistant alone has a lower distance than the teacher alone, by less than a tenth; both rows with features have a higher one than the assistant alone.', _t3, _marginal_gain),
-    Claim('C11', 'mi1', 'Both mappings have a higher distance than the baseline.', _t4, lambda s: [lower_than('layers 6',l) for l in ('layers 3, 6','layers 2, 4, 6')]),
-    Claim('C12', 'get_baseline', 'DiT-Nano (7, 192, 12) has fewer parameters, a lower distance and less latency, guidance included, than GET of 8.6M; GET shaped by the principles has a lower distance than GET of 8.6M.', _t5, _nano_beats_get, _faster_than_get, _smaller_than_get),
-    Claim('C13', 'sizes', '(7, 192, 12) trained twice as long has a lower distance than (7, 192, 12).', _t6_long, lambda s: [lower_than('(7, 192, 12) twice as long','(7, 192, 12)')]),
+    Claim('C8', 'latency', '(5, 64, 4) takes less time than (5, 64, 8).',
+          '{t2[lower heads][latency_s]} s with {t2[lower heads][heads]} heads, {t2[proposed][latency_s]} s with '
+          '{t2[proposed][heads]} (FID {t2[lower heads][FID]:.2f} and {t2[proposed][FID]:.2f}), though heads are called '
+          'a knob of quality alone', faster=((('DiT',5,64,4,True), ('DiT',5,64,8,True), 1),)),
+    Claim('C9', 'sizes', f'At 2.2M and at 5M the proposed shape has {_BEST}.', '{sizes[2.2M]}. {sizes[5M]}',
+          lower=_near_best('2.2M','5M'), faster=_faster_than_deep(FASTER_RATIO,'2.2M','5M')),
+    Claim('C10', 'ta', 'The assistant alone has a lower distance than the teacher alone, by less than a tenth; both '
+          'rows with features have a higher one than the assistant alone.',
+          'FID {rows_3}; no error bars, and teacher alone is no row of Table 6',
+          lower=(lower_than('assistant alone','teacher alone'),
+                 ('assistant alone above 0.9 × teacher alone', {'teacher alone':0.9, 'assistant alone':-1.}),
+                 lower_than('assistant alone','assistant and features'), lower_than('assistant alone','all three'))),
+    Claim('C11', 'mi1', 'Both mappings have a higher distance than the baseline.',
+          'FID {rows_4}: the more constrained of the two is the better one',
+          lower=tuple(lower_than('layers 6', b) for b in ('layers 3, 6','layers 2, 4, 6'))),
+    Claim('C12', 'get_baseline', 'DiT-Nano (7, 192, 12) has fewer parameters, a lower distance and less latency, '
+          'guidance included, than GET of 8.6M; GET shaped by the principles has a lower distance than GET of 8.6M.',
+          '{rows_5}. GET by the principles has a lower FID than DiT-Nano after {t5[GET, our principles][epochs]} '
+          'epochs, and is slower than GET',
+          lower=tuple(lower_than(a, 'GET (6, 256, 4)') for a in ('DiT (7, 192, 12)','GET (7, 192, 12)')),
+          faster=((('DiT',7,192,12,True), ('GET',6,256,4,False), 1),), count=_smaller_than_get),
+    Claim('C13', 'sizes', '(7, 192, 12) trained twice as long has a lower distance than (7, 192, 12).',
+          'FID {t6[100][FID]:.2f} after {t6[100][epochs]} epochs, {t6[200][FID]:.2f} after {t6[200][epochs]}',
+          lower=(lower_than('(7, 192, 12) twice as long','(7, 192, 12)'),)),
 )
 
 # %% ../../nbs/lab/10_claims.ipynb #33c64b09
@@ -430,11 +495,11 @@ def combine(
     return FAILS if FAILS in outcomes else HOLDS if outcomes and set(outcomes)=={HOLDS} else OPEN
 
 def _claim_parts(c, found, scale):
-    name = scale if scale!='best' else _best_scale(found, c.experiment) if c.students else SCALES[-1]
+    name = scale if scale!='best' else _best_scale(found, c.experiment) if c.lower else SCALES[-1]
     s = load_scale(name)
-    parts = [c.ledger()] if c.ledger else []
-    if c.clock: parts.append(latency_part(found, s, scale, c.clock()))
-    if c.students: parts.append(quality_part(runs_of(found, c.experiment, s), s.name, c.students(s)))
+    parts = [c.count()] if c.count else []
+    if c.faster: parts.append(latency_part(found, s, scale, c.faster))
+    if c.lower: parts.append(quality_part(runs_of(found, c.experiment, s), s.name, c.comparisons(s)))
     return parts
 
 # %% ../../nbs/lab/10_claims.ipynb #4b769d5a
@@ -453,10 +518,14 @@ def _verdict(c, found, scale):
     parts = _claim_parts(c, found, scale)
     verdict = combine(parts)
     why = [_part_sentence(p, len(parts)==1 and p.kind!='latency') for p in parts]
-    why += [deciding_runs(found, c.experiment, c.students, p).replace('To decide:', f'To decide the {p.kind}:' if len(parts)>1 else 'To decide:') for p in parts if p.outcome==OPEN]
+    for p in parts:
+        if p.outcome!=OPEN: continue
+        cost = deciding_runs(found, c.experiment, c.comparisons, p)
+        why.append(cost.replace('To decide:', f'To decide the {p.kind}:') if len(parts)>1 else cost)
     ours = '; '.join(f'{p.kind}: {p.ours}' if len(parts)>1 else p.ours for p in parts)
     scales = ', '.join(dict.fromkeys(f'{p.kind} {p.scale}' for p in parts if p.scale))
-    return Verdict(c, verdict, c.printed(), ours, scales, ' '.join(why), tuple(f for p in parts for f in p.folders), '; '.join(map(_outcome_text, parts)))
+    return Verdict(c, verdict, c.printed.format(**paper_values()), ours, scales, ' '.join(why),
+                   tuple(f for p in parts for f in p.folders), '; '.join(map(_outcome_text, parts)))
 
 def evaluate_claims(
     found:pd.DataFrame, # What `runs.collect` gives

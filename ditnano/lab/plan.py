@@ -22,7 +22,7 @@ from ..principles import count_flops, count_params
 
 # %% ../../nbs/lab/12_plan.ipynb #9ef905e6
 def _seconds_per_image(step, batch, device, repeats=2):
-    "Seconds for an image in the fastest of some calls, after one that is not counted; on a CPU those of this process alone."
+    "Seconds for an image in the fastest of some calls, after one uncounted; on a CPU those of this process alone."
     clock = time.process_time if device.type=='cpu' else time.perf_counter
     step()
     best = float('inf')
@@ -58,7 +58,8 @@ def _time_loss(scale, device):
     from ditnano.losses import get_loss
     loss = get_loss(scale.loss).to(device)
     shape = (scale.batch, 3, scale.image_size, scale.image_size)
-    made, target = torch.rand(shape, device=device).mul(2).sub(1).requires_grad_(), torch.rand(shape, device=device).mul(2).sub(1)
+    made, target = (torch.rand(shape, device=device).mul(2).sub(1) for _ in range(2))
+    made.requires_grad_()
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=scale.precision=='bf16'): out = loss(made, target)
         out.backward()
@@ -72,7 +73,8 @@ def _time_teacher(scale, device, batch=16):
     from ditnano.edm import load_teacher
     net = load_teacher(scale.teacher).to(device)
     z = torch.randn(batch, net.cfg.channels, net.cfg.image_size, net.cfg.image_size, device=device)
-    labels = torch.eye(net.cfg.label_dim, device=device)[torch.arange(batch, device=device)%net.cfg.label_dim] if net.cfg.label_dim else None
+    n = net.cfg.label_dim
+    labels = torch.eye(n, device=device)[torch.arange(batch, device=device)%n] if n else None
     def step():
         with torch.no_grad(): return net(z, torch.ones(batch, device=device), labels).sum().item()
     return _seconds_per_image(step, batch, device)
@@ -93,7 +95,7 @@ def measure_rates(
     scale:Scale,       # How much of everything
     widths,            # Widths of its students
     device:str='auto', # Where
-)->dict: # `flops` (width -> FLOP/s in training) and seconds for an image: `loss`, `teacher`, `extractors`; 0 for one that is not available
+)->dict: # `flops` (width -> FLOP/s in training); seconds for an image: `loss`, `teacher`, `extractors`, 0 if absent
     "What one process reaches here, with one thread on a CPU."
     import torch
 
@@ -104,7 +106,8 @@ def measure_rates(
     try:
         rates['flops'] = {w:_time_student(scale, w, device) for w in sorted(set(widths))}
         for what,measure in dict(loss=_time_loss, teacher=_time_teacher, extractors=_time_extractors).items():
-            with contextlib.suppress(FileNotFoundError): rates[what] = measure(scale, device)   # `missing_requirements` names it
+            # `missing_requirements` names it
+            with contextlib.suppress(FileNotFoundError): rates[what] = measure(scale, device)
     finally: torch.set_num_threads(threads)
     return rates
 
@@ -125,11 +128,13 @@ def teacher_flops(
         if name!='edm-cifar10-vp': return 0
         net = EDMPrecond(SongUNet(UNetConfig()))   # its weights do not matter here
     c = net.cfg
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): net(torch.zeros(1, c.channels, c.image_size, c.image_size), 1.0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, c.channels, c.image_size, c.image_size), 1.0)
     return counter.get_total_flops()
 
 # %% ../../nbs/lab/12_plan.ipynb #d538e541
-KNOWN_LOSS_FLOPS = {'LPIPS-vgg@224':92_079_783_936, 'LPIPS-squeeze@64':101_859_456}  # FLOPs of torchvision's networks, where their weights are not available
+# FLOPs of torchvision's networks, where their weights are not available
+KNOWN_LOSS_FLOPS = {'LPIPS-vgg@224':92_079_783_936, 'LPIPS-squeeze@64':101_859_456}
 
 @lru_cache
 def loss_flops(
@@ -172,10 +177,12 @@ def run_cost(
     drawn = samples*count_flops(cfg)*(1 if e['guidance']==1 else 2)
     teacher = (config['options'].get('teacher') or config['teacher'])['name'] if teachers else None
     beside = losses*loss_flops(config['loss']['name']) + (teachers*teacher_flops(teacher) if teacher else 0)
-    cost = {'steps':train.steps, 'hours':None, 'petaflop':(train.images*(student+beside)+drawn)/1e15, 'megabytes':4*count_params(cfg)/1e6}
+    cost = {'steps':train.steps, 'hours':None, 'petaflop':(train.images*(student+beside)+drawn)/1e15,
+            'megabytes':4*count_params(cfg)/1e6}
     if rates is None: return cost
     seconds = (train.images*student+drawn)/rates['flops'][cfg.width]
-    seconds += train.images*(losses*rates['loss']*(config['loss']['name'] not in ('L1','L2')) + teachers*rates['teacher'])
+    seconds += train.images*(losses*rates['loss']*(config['loss']['name'] not in ('L1','L2'))
+                             + teachers*rates['teacher'])
     seconds += samples*rates['extractors']
     return cost | {'hours':seconds/3600}
 
@@ -187,7 +194,8 @@ def missing_requirements(
     from ditnano.losses import get_loss
     from ditnano.metrics import get_extractor, reference_set
     from ditnano.pairs import teacher_record
-    wanted = [('images',reference_set,scale.data), ('teacher',teacher_record,scale.teacher), ('loss',get_loss,scale.loss), *(('judge',get_extractor,j) for j in scale.judges)]
+    wanted = [('images',reference_set,scale.data), ('teacher',teacher_record,scale.teacher),
+              ('loss',get_loss,scale.loss), *(('judge',get_extractor,j) for j in scale.judges)]
     found = []
     for what,load,name in wanted:
         try: load(name)
@@ -215,18 +223,20 @@ def plan(
     root,              # Folder of runs
     device:str='auto', # Where they would run
     out='',            # Folder of figures, whose evidence counts as done
-)->tuple: # A list of dicts (experiment, run, seed, done, recorded, steps, hours, petaflop, megabytes), what is missing, and the rates
+)->tuple: # Rows (experiment, run, seed, done, recorded, steps, hours, petaflop, megabytes), what is missing, rates
     "Every run of every experiment at a scale, before any of them starts; `recorded` is in hours."
     lacks = missing_requirements(scale)
     known = not any(l.startswith(('images','teacher')) for l in lacks)
-    content = scale_content(scale) if known else ({'name':scale.data,'sha256':None}, {'name':scale.teacher,'sha256':None})
+    unknown = tuple({'name':name, 'sha256':None} for name in (scale.data, scale.teacher))
+    content = scale_content(scale) if known else unknown
     configs = scale_configs(scale, content)
     rates, rows = measure_rates(scale, _widths([c for _,c in configs.values()]), device), []
     for key,(experiment,c) in configs.items():
         records = (read_result(f/f'distill-{key}') for f in [Path(root), *evidence_folders(out or root)])
         record = next((r for r in records if r), None)
         recorded = record['seconds']/3600 if record else None
-        row = {'experiment':experiment, 'run':run_label(c), 'seed':c['train']['seed'], 'done':record is not None, 'recorded':recorded}
+        row = {'experiment':experiment, 'run':run_label(c), 'seed':c['train']['seed'], 'done':record is not None,
+               'recorded':recorded}
         rows.append(row | run_cost(c, rates))
     return rows, lacks, rates
 
@@ -239,7 +249,7 @@ def summarize_plan(
     rates:dict,      # From `plan`
     cores:int=None,  # Processes of one thread that share the work; default all cores
 )->str: # Some lines
-    "Runs to do and their hours by the measured rate, scaled by what finished runs took; what was recorded stands beside it."
+    "Runs to do and their hours by the measured rate, scaled by what finished runs took; recorded hours beside them."
     cores = cores or os.cpu_count() or 1
     done, todo = [r for r in rows if r['done']], [r for r in rows if not r['done']]
     expected, recorded = sum(r['hours'] for r in done), sum(r['recorded'] for r in done)
@@ -247,14 +257,19 @@ def summarize_plan(
     total, left = (sum(r['hours'] for r in some)*factor for some in (rows, todo))
     pairs = scale.pairs*(2*scale.teacher_steps-1)*rates['teacher']/3600
     how = f', scaled by {factor:.2f} as {len(done)} finished runs took' if len(done)>2 else ''
-    lines = [f"{len(todo)} of {len(rows)} runs to do: {_hours(left)} of one process{how}; with {cores} processes of one thread {_hours(left/cores)}",
-             f"all {len(rows)} runs: {_hours(total/cores)} with {cores} processes; {scale.pairs:,} pairs of {scale.teacher}: {_hours(pairs/cores)}"]
-    if done: lines.append(f"recorded: {_hours(recorded)} for {len(done)} finished runs, for which {_hours(expected)} were expected")
+    lines = [f"{len(todo)} of {len(rows)} runs to do: {_hours(left)} of one process{how}; with {cores} processes of "
+             f"one thread {_hours(left/cores)}",
+             f"all {len(rows)} runs: {_hours(total/cores)} with {cores} processes; {scale.pairs:,} pairs of "
+             f"{scale.teacher}: {_hours(pairs/cores)}"]
+    if done:
+        lines.append(f"recorded: {_hours(recorded)} for {len(done)} finished runs, for which {_hours(expected)} were "
+                     f"expected")
     return '\n'.join(lines)
 
 # %% ../../nbs/lab/12_plan.ipynb #85bbbd4a
 GPU_RATE = 50e12
-GPU_RATE_NOTE = 'assuming that one A100 reaches 50 TFLOP/s in training, a third of its peak in TF32 (never measured by us at this scale; an H200 has three times that peak)'
+GPU_RATE_NOTE = ('assuming that one A100 reaches 50 TFLOP/s in training, a third of its peak in TF32 (never measured '
+                 'by us at this scale; an H200 has three times that peak)')
 
 def gpu_hours(
     rows,             # From `plan`; what is done counts nothing

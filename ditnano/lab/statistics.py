@@ -28,7 +28,7 @@ def format_number(
 def seed_spread(
     rows:pd.DataFrame, # Rows of one experiment and scale, with a `label`
     metric:str,         # Column of a distance
-)->tuple: # Standard deviation over seeds as a share of the mean, pooled over labels (None without repetitions), and its degrees of freedom
+)->tuple: # Deviation as a share of the mean, pooled over labels (None without repetitions); its degrees of freedom
     "How much a distance differs from seed to seed."
     groups = rows.groupby('label')[metric]
     degrees_of_freedom = groups.count()-1
@@ -52,23 +52,26 @@ class Comparison:
     "What a weighted sum of mean distances turned out to be."
     outcome:str # 'lower' than zero, 'higher', or 'open'
     why:str     # The numbers behind it, or what lacks
-    seeds:int=0 # Where it is open: seeds per row that would pass the threshold if the means stayed; 0 where seeds are not what lacks
+    seeds:int=0 # Where open: seeds per row that would pass if the means stayed; 0 where seeds are not what lacks
     metric:str='' # The judge that asks for that many
 
 def common_metrics(
     rows:pd.DataFrame, # Rows of one experiment and scale
     labels,            # Those that are compared
 )->list: # Columns
-    "The distances by which every one of these was judged, one per network: a second reference or a deviation is no further judge."
+    "The distances that all of these have, one per network: a second reference or a deviation is no further judge."
     own = rows[rows.label.isin(labels)].groupby('label')
     return [j for j in distances(rows) if ' ' not in j and own[j].count().gt(0).all()]
 
 def _missing_evidence(rows, weights):
     if missing := [l for l in weights if l not in set(rows.label)]: return f"not run: {', '.join(missing)}"
-    if len(judged := common_metrics(rows,weights))<2: return f"one judge ({judged[0]}); two must agree" if judged else 'judged by none'
+    if len(judged := common_metrics(rows,weights))<2:
+        return f"one judge ({judged[0]}); two must agree" if judged else 'judged by none'
     degrees_of_freedom = min(seed_spread(rows,j)[1] for j in judged)
     if not degrees_of_freedom: return 'one seed per row, so the spread was not measured'
-    if degrees_of_freedom<MIN_DEGREES_OF_FREEDOM: return f"a spread of {degrees_of_freedom} degree{'s'[:degrees_of_freedom>1]} of freedom only; {MIN_DEGREES_OF_FREEDOM} count as measured"
+    if degrees_of_freedom<MIN_DEGREES_OF_FREEDOM:
+        return (f"a spread of {degrees_of_freedom} degree{'s'[:degrees_of_freedom>1]} of freedom only; "
+                f"{MIN_DEGREES_OF_FREEDOM} count as measured")
 
 # %% ../../nbs/lab/09_statistics.ipynb #af0b7719
 def _weighted_sum(rows, weights, metric):
@@ -85,15 +88,18 @@ def compare(
     weights:dict,      # Label -> weight of its mean distance
     questions:int=1,   # Comparisons of which any refutes, this one included
 )->Comparison:
-    "Whether the weighted sum of mean distances is below zero for every judge, by more than the spread over seeds explains."
+    "Whether the weighted sum is below zero for every judge, by more than the spread over seeds explains."
     if why := _missing_evidence(rows, weights): return Comparison('open', why)
     found = {}
     for j in common_metrics(rows, weights):
         x, error, needed = _weighted_sum(rows, weights, j)
         found[j] = x, error*critical_value(seed_spread(rows,j)[1], questions if x>0 else 1), needed
-    listed = lambda passed: ', '.join(f"{j} by {format_number(x)}, threshold {format_number(t)}" for j,(x,t,_) in found.items() if (abs(x)>t) in passed)
-    if len({x>0 for x,*_ in found.values()})>1: return Comparison('open', f'the judges disagree: {listed((True,False))}')
+    listed = lambda passed: ', '.join(f"{j} by {format_number(x)}, threshold {format_number(t)}"
+                                      for j,(x,t,_) in found.items() if (abs(x)>t) in passed)
+    if len({x>0 for x,*_ in found.values()})>1:
+        return Comparison('open', f'the judges disagree: {listed((True,False))}')
     if not listed((False,)): return Comparison('lower' if x<0 else 'higher', listed((True,)))
     needed, metric = max((n,j) for j,(*_,n) in found.items())
     beyond = f'; beyond it: {listed((True,))}' if listed((True,)) else ''
-    return Comparison('open', f'within the threshold: {listed((False,))}{beyond}', math.ceil(needed) if needed<1e6 else 0, metric)
+    seeds = math.ceil(needed) if needed<1e6 else 0
+    return Comparison('open', f'within the threshold: {listed((False,))}{beyond}', seeds, metric)

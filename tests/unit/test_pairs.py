@@ -2,6 +2,7 @@
 import errno
 import math
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +42,19 @@ def test_any_denoiser_of_any_shape_without_classes(tmp_path):
                                                   label_dim=3)).eval()
     z, x, y = PairDataset(make_pairs(net, 8, tmp_path/'net', steps=1, device='cpu')).batch(range(8))
     assert x.shape == (8, 1, 12, 12) and 0 < int(y.max()) < 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('c++'), reason='torch.compile needs a C++ compiler')
+def test_a_compiled_teacher_draws_the_same_images(tmp_path):
+    torch.manual_seed(0)
+    cfg = UNetConfig(model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), image_size=8, label_dim=3)
+    net = build_denoiser('EDMPrecond', cfg).eval()
+    for p in net.parameters(): torch.nn.init.normal_(p, std=0.2)
+    plain, compiled = (PairDataset(make_pairs(net, 4, tmp_path/str(c), steps=2, device='cpu', compile=c)).batch(range(4))
+                       for c in (False, True))
+    assert plain[1].std() > 0.1
+    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-4, atol=1e-5)
 
 
 def test_many_shards_hold_few_files_open(tmp_path):
