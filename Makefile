@@ -47,7 +47,7 @@ test-quick: $(STAMP) ## The everyday loop, under a minute: no notebooks, nothing
 	$(BIN)/python -m pytest -n $(JOBS) -m quick tests/unit tests/contract tests/hostile
 
 lint: $(STAMP) ## ruff: 120 columns, one statement a line, unused and unsorted imports, common mistakes
-	@$(BIN)/ruff check --config ruff-baseline.toml .
+	@$(BIN)/ruff check .
 
 prepare: $(STAMP) ## Before a commit: export, clean, README, test
 	@$(MAKE) -s export clean readme

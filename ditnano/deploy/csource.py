@@ -7,17 +7,29 @@ __all__ = ['PRECISIONS', 'SOURCES', 'README', 'WEB_FLAGS', 'TARGETS', 'SUFFIXES'
            'build', 'CStudent', 'read_picture', 'compare']
 
 # %% ../../nbs/deploy/06_csource.ipynb #835160e2
-import ctypes, hashlib, struct, tempfile
+import ctypes
+import hashlib
+import struct
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .folding import FoldedDiT, OneStep
+from ditnano.deploy.native import (
+    FORMATS,
+    ZIG,
+    c_source,
+    compiler,
+    design_header,
+    network_parts,
+    pad_columns,
+    panels,
+    run_compiler,
+)
 from ..dit import DiT
 from ..edm import to_bytes
-from .folding import FoldedDiT, OneStep
-from .native import (FORMATS, ZIG, c_source, compiler, design_header, network_parts, pad_columns, panels,
-                                   run_compiler)
 from ..repro import noise_and_labels
 
 # %% ../../nbs/deploy/06_csource.ipynb #bea4b20c

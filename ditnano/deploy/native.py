@@ -7,7 +7,16 @@ __all__ = ['FORMATS', 'FLAGS', 'ZIG', 'c_source', 'c_sections', 'design_header',
            'pad_columns', 'panels', 'network_parts', 'Native']
 
 # %% ../../nbs/deploy/02_native.ipynb #7c9b57d7
-import ctypes, importlib.util, os, platform, re, shutil, subprocess, sys, tempfile, threading
+import ctypes
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache

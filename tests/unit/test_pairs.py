@@ -51,8 +51,10 @@ def test_a_compiled_teacher_draws_the_same_images(tmp_path):
     cfg = UNetConfig(model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), image_size=8, label_dim=3)
     net = build_denoiser('EDMPrecond', cfg).eval()
     for p in net.parameters(): torch.nn.init.normal_(p, std=0.2)
-    plain, compiled = (PairDataset(make_pairs(net, 4, tmp_path/str(c), steps=2, device='cpu', compile=c)).batch(range(4))
-                       for c in (False, True))
+    def draw(compile):
+        folder = make_pairs(net, 4, tmp_path/str(compile), steps=2, device='cpu', compile=compile)
+        return PairDataset(folder).batch(range(4))
+    plain, compiled = draw(False), draw(True)
     assert plain[1].std() > 0.1
     torch.testing.assert_close(compiled[1], plain[1], rtol=1e-4, atol=1e-5)
 
