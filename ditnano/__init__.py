@@ -1,7 +1,7 @@
 """Design, distill, measure and ship tiny one-step diffusion transformers (arXiv 2502.14226).
 
-The names below are those that other people's code relies on. Each is loaded from its module when it is first used, so that
-`import ditnano` loads neither torch nor numpy. `__init__.pyi` lists them, for type checkers and for this file.
+`__init__.pyi` lists the names that other people's code relies on. Each is loaded from its module when it is first used,
+so that `import ditnano` loads neither torch nor numpy.
 """
 import lazy_loader
 

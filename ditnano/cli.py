@@ -476,7 +476,7 @@ def sweep(
     runs:Path|None=None,     # Folder of runs; default runs/ in the repository
     minutes:Minutes=None,         # Stop with checkpoints after so many; the next sweep resumes
     executor:Literal['auto','inline','processes','slurm']='auto', # This process, local processes, or Slurm
-    workers:int|None=None,   # Local processes; default 4 on a GPU, one per core elsewhere
+    workers:int|None=None,   # Local processes; default 1 on a GPU, one per core elsewhere
     device:str='auto',            # Where each run computes: auto, cpu, cuda or mps
     recompute:bool=False,         # Compute also runs whose records came with paper_figures/evidence
     verify:Path|None=None,        # Compute a committed run again and compare: its folder in paper_figures/evidence

@@ -126,7 +126,7 @@ def _work_locally(queue, compute, local):
 
 def _default_workers(device):
     from ditnano.repro import pick_device
-    return 4 if pick_device(device).type=='cuda' else os.cpu_count() or 1
+    return 1 if pick_device(device).type=='cuda' else os.cpu_count() or 1
 
 # %% ../../nbs/lab/04_sweep.ipynb #f8d1967d
 SLURM_MINUTES = 240  # Limit of a Slurm job for which no minutes are given
@@ -216,7 +216,7 @@ def sweep(
     root,                  # Folder of runs
     scale:str,             # Name of the scale
     executor:str='inline', # 'inline', 'processes' or 'slurm'
-    workers:int=None,      # With 'processes'; default 4 on a GPU, one per core elsewhere
+    workers:int=None,      # With 'processes'; default 1 on a GPU, one per core elsewhere
     minutes:float=math.inf, # When this time is up start no run, and stop those in progress with a checkpoint
     device:str='auto',     # Where each run computes
     log=print,             # Called with one line per run
