@@ -200,7 +200,7 @@ def shipped_students()->list[str]: # Names that from_pretrained can load
     return [n for n in STUDENTS if (weights_dir()/n/'model.safetensors').is_file()]
 
 def hub_room()->Any:
-    "`ditnano.interop.hub`, which stands around the science and is loaded only for a Hub id."
+    "The module `ditnano.interop.hub`, imported only when the Hub is used."
     return importlib.import_module('ditnano.interop.hub')
 
 def find_student(

@@ -57,7 +57,7 @@ class GraphTask(Task, Protocol):
         "The loss; draws nothing and reads nothing back from the device."
 
 class AuxiliaryTask(Task, Protocol):
-    "A task with a second network, which serves the training and is not kept."
+    "A task with a second network, used in training only: in the checkpoint, but not in the saved student."
     auxiliary_model:nn.Module
     def auxiliary_config(self, cfg:TrainConfig)->TrainConfig:
         "Optional: how the second network is trained; default as the model."
