@@ -24,7 +24,7 @@ from .runs import Run, read_result
 # %% ../../nbs/lab/04_sweep.ipynb #8e2bee8b
 # Seconds before the limit at which training stops, so that evaluation ends in time; a tenth of a shorter limit
 SHUTDOWN_MARGIN_S = 45
-HELD = 'held by another process'
+HELD = 'held: '   # before the reason
 
 def _deadline(minutes): return math.inf if minutes==math.inf else time.monotonic()+60*minutes
 def _minutes_left(deadline): return None if deadline==math.inf else (deadline-time.monotonic())/60
@@ -34,7 +34,7 @@ def _distributed(): return int(os.environ.get('RANK', 0)), int(os.environ.get('W
 def _run_one(config, root, scale, device, minutes=None, wait=math.inf):
     "The record of a run, or a message when time is up."
     try: return distill_run(config, root, scale, device, minutes=minutes, wait=wait)
-    except HeldElsewhere as e: return HELD if wait<math.inf else str(e)
+    except HeldElsewhere as e: return HELD+str(e) if wait<math.inf else str(e)
     except TimeLimitReached as e: return str(e)
 
 # %% ../../nbs/lab/04_sweep.ipynb #45c59df8
@@ -94,13 +94,13 @@ class _Queue:
 
     def done(self, n, outcome):
         with self.lock:
-            if outcome==HELD:
-                self.held.add(n)
-                self.todo.append((n, self.configs[n]))
-                return
-            self.outcomes[n] = outcome
-        text = _short_result(outcome) if isinstance(outcome, dict) else outcome
-        if outcome!=NOT_STARTED: self.log(f'{n+1} of {len(self.configs)}: {run_label(self.configs[n])} {text}')
+            held = isinstance(outcome, str) and outcome.startswith(HELD)
+            if held: self.todo.append((n, self.configs[n]))
+            else: self.outcomes[n] = outcome
+            known = n in self.held
+            if held: self.held.add(n)
+        text = _short_result(outcome) if isinstance(outcome, dict) else outcome.removeprefix(HELD)
+        if outcome!=NOT_STARTED and not (held and known): self.log(f'{n+1} of {len(self.configs)}: {run_label(self.configs[n])} {text}')
 
     def work(self, compute):
         "Take runs until none is left."

@@ -149,11 +149,13 @@ def test_a_local_process_waits_no_longer_than_the_limit(tmp_path):
     from ditnano.lab import sweep
     from ditnano.lab.experiments import distill_config
     from ditnano.lab.runs import Run
+    from ditnano.repro import LOCK_EXPIRY_S
     scale, lines = Scale(name='tiny', pairs=32, images=64, batch=16, samples=24, loss='L2'), []
     config = distill_config(scale, (1, 32, 4))
     folder = Run(tmp_path, 'distill', config).folder
     folder.mkdir(parents=True)
-    (folder/'lock').write_text(json.dumps({'pid':1, 'started':'0', 'host':'a-machine-that-is-gone', 'boot':''}))
+    owner = {'pid':1, 'host':'a-machine-that-is-gone', 'mode':'lease', 'duration':LOCK_EXPIRY_S, 'token':'00'}
+    (folder/'.lock').write_text(''.join(['filelock/2\n', *(f'{k}={v}\n' for k,v in owner.items())]))
     begin = time.monotonic()
     assert sweep.sweep([config], tmp_path, 'tiny', 'processes', minutes=0.5, device='cpu', log=lines.append) == []
     assert time.monotonic()-begin < 50
