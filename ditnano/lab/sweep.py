@@ -87,20 +87,21 @@ class _Queue:
     def __init__(self, configs, root, log):
         self.configs, self.root, self.log, self.lock = configs, root, log, threading.Lock()
         self.todo, self.outcomes, self.failures = deque(enumerate(configs)), {}, {}
-        self.held = set()   # numbers of runs that another process held when they were tried
+        self.held = {}   # number of a run that another process held when it was tried: who
 
     def next(self):
         with self.lock: return self.todo.popleft() if self.todo else None
 
     def done(self, n, outcome):
         with self.lock:
-            held = isinstance(outcome, str) and outcome.startswith(HELD)
-            if held: self.todo.append((n, self.configs[n]))
-            else: self.outcomes[n] = outcome
-            known = n in self.held
-            if held: self.held.add(n)
-        text = _short_result(outcome) if isinstance(outcome, dict) else outcome.removeprefix(HELD)
-        if outcome!=NOT_STARTED and not (held and known): self.log(f'{n+1} of {len(self.configs)}: {run_label(self.configs[n])} {text}')
+            if isinstance(outcome, str) and outcome.startswith(HELD):
+                self.held[n] = outcome.removeprefix(HELD)
+                self.todo.append((n, self.configs[n]))
+                return
+            if outcome==NOT_STARTED: outcome = self.held.get(n, outcome)
+            self.outcomes[n] = outcome
+        text = _short_result(outcome) if isinstance(outcome, dict) else outcome
+        if outcome!=NOT_STARTED: self.log(f'{n+1} of {len(self.configs)}: {run_label(self.configs[n])} {text}')
 
     def work(self, compute):
         "Take runs until none is left."
