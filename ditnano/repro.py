@@ -131,7 +131,9 @@ def _remove(path):
 def _output_path(path):
     "Where the content really goes: `~` expanded, links followed, the parent folder made."
     path = Path(path).expanduser()
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    mode = stat.S_IFREG
+    with contextlib.suppress(OSError): mode = path.stat().st_mode   # asked once: another writer may move it meanwhile
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(f"{path}: is a device or a pipe; expected a file or a folder")
     if path.is_symlink(): path = path.resolve()
     try: path.parent.mkdir(parents=True, exist_ok=True)
