@@ -28,7 +28,7 @@ from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
 from .deploy.jetson import table
 from .principles import parse_count, propose
-from .repro import repo_root, runs_dir, write_json
+from .repro import project_folder, runs_dir, write_json
 
 # %% ../nbs/50_cli.ipynb #ce3eba52
 def parse_ints(
@@ -480,7 +480,7 @@ def sweep(
     device:str='auto',            # Where each run computes: auto, cpu, cuda or mps
     recompute:bool=False,         # Compute also runs whose records came with paper_figures/evidence
     verify:Path|None=None,        # Compute a committed run again and compare: its folder in paper_figures/evidence
-    slurm:tuple[str,...]=(),      # Settings of submitit, as in slurm_partition=gpu gpus_per_node=1
+    slurm:tuple[str,...]=(),      # Settings of jobs, as in partition=gpu gpus_per_node=1 account=me
 ):
     """Compute the missing runs of a scale.
 
@@ -499,9 +499,15 @@ def sweep(
         many = pick_device(device).type=='cuda' and 'RANK' not in os.environ
         executor = 'processes' if many else 'inline'
     limit = _minutes_left(minutes, float('inf'))
+    settings = slurm_settings(slurm)
+    def job_minutes(configs): return _job_minutes(configs, s, settings)
     records = sweep(groups, runs, s.name, executor, workers, limit, device, evidence_folder=evidence,
-                    **slurm_settings(slurm))
+                    job_minutes=job_minutes, **settings)
     print(f'{len(records)} of {sum(map(len, groups))} runs are done')
+
+def _job_minutes(configs, scale, settings):
+    from ditnano.lab.plan import job_minutes
+    return job_minutes(configs, scale, gpu=any('gpu' in f'{k}={v}' for k, v in settings.items()))
 
 def _run_groups(experiment, scale):
     from ditnano.lab.experiments import EXPERIMENTS, experiment_configs, priority_groups
@@ -552,7 +558,7 @@ def paper(
 
 # %% ../nbs/50_cli.ipynb #30f4db82
 def _notebooks(only):
-    folders = [repo_root()/'nbs'/f for f in ('experiments', 'paper')]
+    folders = [project_folder(f'nbs/{f}') for f in ('experiments', 'paper')]
     every = {p.stem:p for folder in folders for p in sorted(folder.glob('*.ipynb'))}
     chosen = list(every) if only is None else only.split(',')
     for name in chosen:

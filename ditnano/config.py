@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from .repro import content_hash, repo_root
+from .repro import content_hash, project_folder
 
 # %% ../nbs/01_config.ipynb #ee830052
 def factors(
@@ -347,7 +347,7 @@ def load_scale(
     path = Path(name)
     if path.suffix not in ('.yaml','.yml'):
         if name=='smoke': return SMOKE
-        path = repo_root()/'nbs'/'scales'/f'{name}.yaml'
+        path = project_folder('nbs/scales')/f'{name}.yaml'
     if not path.is_file():
         known = f"one of smoke, {', '.join(scale_names())}, or a path to a .yaml"
         raise FileNotFoundError(f"scale {str(name)!r}: no file {path.name}; expected {known}")
@@ -360,4 +360,4 @@ def load_scale(
 
 def scale_names()->list[str]: # Names of the scale files in nbs/scales
     "The committed scales."
-    return sorted(p.stem for p in (repo_root()/'nbs'/'scales').glob('*.yaml'))
+    return sorted(p.stem for p in project_folder('nbs/scales').glob('*.yaml'))

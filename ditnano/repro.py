@@ -6,8 +6,9 @@
 __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'content_hash',
            'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json', 'is_system_file',
            'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock', 'cache_dir', 'data_dir',
-           'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir', 'list_models', 'pick_device',
-           'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
+           'weights_dir', 'torch_home', 'repo_root', 'project_folder', 'project_root', 'runs_dir', 'figures_dir',
+           'list_models', 'pick_device', 'exact_convolutions', 'import_guarded', 'library_versions', 'code_version',
+           'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib
@@ -388,15 +389,32 @@ def repo_root()->Path: # The folder that holds settings.ini and nbs/
     raise FileNotFoundError(f"no ditnano checkout here: expected {expected}")
 
 # %% ../nbs/00_repro.ipynb #6063890f
-def runs_dir()->Path: # `DITNANO_RUNS`, or `runs` in the checkout
+def project_folder(
+    name:str, # 'nbs/scales', 'nbs/experiments', 'nbs/paper' or 'paper_figures/evidence'
+)->Path:
+    "A folder of the checkout; without one, the copy that came with the package."
+    copy = Path(_package()).parent/'project'/name
+    try: return repo_root()/name
+    except FileNotFoundError:
+        if copy.is_dir() and not os.environ.get('DITNANO_REPO'): return copy
+        raise
+
+def project_root()->Path: # The checkout, or the working directory
+    "Where runs and figures go, and notebooks run."
+    try: return repo_root()
+    except FileNotFoundError:
+        if os.environ.get('DITNANO_REPO'): raise
+        return Path.cwd()
+
+def runs_dir()->Path: # `DITNANO_RUNS`, or `runs` in the checkout or in the working directory
     "Folder of runs in progress and finished."
     env = os.environ.get('DITNANO_RUNS')
-    return Path(env).expanduser() if env else repo_root()/'runs'
+    return Path(env).expanduser() if env else project_root()/'runs'
 
-def figures_dir()->Path: # `DITNANO_FIGURES`, or `paper_figures` in the checkout
+def figures_dir()->Path: # `DITNANO_FIGURES`, or `paper_figures` in the checkout or in the working directory
     "Folder of tables, figures, and the evidence behind them."
     env = os.environ.get('DITNANO_FIGURES')
-    return Path(env).expanduser() if env else repo_root()/'paper_figures'
+    return Path(env).expanduser() if env else project_root()/'paper_figures'
 
 # %% ../nbs/00_repro.ipynb #8806eb06
 def _model_kind(folder):

@@ -22,7 +22,7 @@ from ..config import Scale, load_scale
 from .evidence import evidence_folders
 from .processes import Children, end_with_parent, sigterm_interrupts
 from .runs import read_result, record_hash
-from ..repro import content_hash, figures_dir, file_hash, repo_root, runs_dir, weights_dir, write_json
+from ..repro import content_hash, figures_dir, file_hash, project_root, runs_dir, weights_dir, write_json
 
 # %% ../../nbs/lab/07_notebooks.ipynb #05930761
 def print_line(line): print(line, flush=True)  # a pipe would keep the lines until the end
@@ -175,7 +175,7 @@ def run_notebook(
     given, t0 = check_parameters(path, parameters or {}), time.monotonic()
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     job = dict(path=str(Path(path).resolve()), out=str(Path(out).resolve()), parameters=given,
-               cwd=str(cwd or repo_root()),
+               cwd=str(cwd or project_root()),
                bar=sys.stderr.isatty() if bar is None else bar)
     with tempfile.TemporaryDirectory(prefix='ditnano', dir=_short_tempdir()) as folder:
         rc = _spawn(job, Path(folder), log, every, children or Children())

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KNOWN_LOSS_FLOPS', 'GPU_RATE', 'GPU_RATE_NOTE', 'measure_rates', 'teacher_flops', 'loss_flops', 'run_cost',
-           'missing_requirements', 'scale_configs', 'plan', 'summarize_plan', 'gpu_hours']
+           'missing_requirements', 'scale_configs', 'plan', 'summarize_plan', 'gpu_hours', 'job_minutes']
 
 # %% ../../nbs/lab/12_plan.ipynb #f60f6b5a
 import contextlib
+import math
 import os
 import time
 from functools import lru_cache
@@ -279,3 +280,18 @@ def gpu_hours(
     work = 1e15*sum(r['petaflop'] for r in rows if not r['done'])
     if scale: work += scale.pairs*(2*scale.teacher_steps-1)*teacher_flops(scale.teacher)
     return work/GPU_RATE/3600
+
+# %% ../../nbs/lab/12_plan.ipynb #fb938d5b
+def job_minutes(
+    configs,           # Runs to submit, of `distill_config`
+    scale:Scale,       # How much of everything
+    gpu:bool=False,    # By `GPU_RATE`, not by what this machine reaches
+    device:str='cpu',  # Where this machine is measured
+)->int: # Minutes, 15 or more
+    "Limit of a Slurm job that computes any one of these runs."
+    rates = None if gpu else measure_rates(scale, _widths(configs), device)
+    costs = [run_cost(c, rates) for c in configs]
+    draws = scale.pairs*(2*scale.teacher_steps-1)
+    if gpu: hours = (1e15*max(c['petaflop'] for c in costs)+draws*teacher_flops(scale.teacher))/GPU_RATE/3600
+    else: hours = max(c['hours'] for c in costs)+draws*rates['teacher']/3600
+    return max(15, 10+math.ceil(2*60*hours))
