@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Design', 'Seeds', 'Minutes', 'Backend', 'RECIPE_OPTIONS', 'RecipeOptions', 'TRAIN_DEFAULTS', 'MEASURED_HERE',
-           'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'parse_seeds', 'UsageError', 'design',
-           'doctor', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options', 'GETModelOptions', 'train',
-           'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease', 'with_help', 'main']
+           'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'UsageError', 'design', 'doctor', 'pairs',
+           'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options', 'GETModelOptions', 'train', 'build', 'sample', 'eval',
+           'export', 'bench', 'sweep', 'paper', 'lease', 'with_help', 'main']
 
 # %% ../nbs/50_cli.ipynb #4d23268f
 import contextlib
@@ -28,7 +28,7 @@ from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
 from .deploy.jetson import table
 from .principles import parse_count, propose
-from .repro import project_folder, runs_dir, write_json
+from .repro import parse_seeds, project_folder, runs_dir, write_json
 
 # %% ../nbs/50_cli.ipynb #ce3eba52
 def parse_ints(
@@ -43,20 +43,11 @@ def parse_design(
     text:str, # depth,width,heads; heads of each layer as 4-4-8-8-8
 )->tuple: # (depth, width, heads); heads an int or a tuple
     "A student's design, as in 5,64,8."
-    if not re.fullmatch(r'\d+,\d+,\d+(-\d+)*', text):
+    if not re.fullmatch('[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}(-[0-9]{1,9})*', text):
         raise ValueError(f"design {text!r}; expected depth,width,heads, as in 5,64,8")
     depth, width, heads = text.split(',')
     each = tuple(map(int, heads.split('-')))
     return int(depth), int(width), each if len(each)>1 else each[0]
-
-def parse_seeds(
-    text:str, # First and last seed, as in 0-39, or one seed
-)->range:
-    "A range of seeds."
-    first, _, last = text.partition('-')
-    if not (first.isdigit() and (last or first).isdigit()) or int(last or first)<int(first):
-        raise ValueError(f"seeds {text!r}; expected a range, as in 0-39")
-    return range(int(first), int(last or first)+1)
 
 # %% ../nbs/50_cli.ipynb #36a595e6
 class UsageError(Exception):

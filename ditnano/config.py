@@ -331,7 +331,7 @@ def _read_scale(path):
     "The mapping in a YAML file; an error names the file, the place and what was expected."
     import yaml
     try: found = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         where = f"line {e.problem_mark.line+1}: " if getattr(e, 'problem_mark', None) else ''
         problem = getattr(e, 'problem', None) or str(e).splitlines()[0]
         raise ValueError(f"{path.name}: {where}{problem}; expected a whole YAML file") from None

@@ -167,13 +167,15 @@ class _SlurmRun:
 
 def _make_executor(root, name, minutes, cluster, parameters):
     "Submitit's executor; settings that it does not take are an error of one line."
-    try: import submitit
+    try:
+        import submitit
     except ImportError: raise RuntimeError("executor='slurm' needs submitit: pip install 'ditnano[cluster]'") from None
     if not cluster and not shutil.which('sbatch'):
         raise RuntimeError("executor='slurm': no sbatch here; expected a machine that submits to Slurm")
     executor = submitit.AutoExecutor(Path(root)/'slurm', cluster or 'slurm', slurm_max_num_timeout=SLURM_REQUEUES)
     try: executor.update_parameters(**({'timeout_min':math.ceil(minutes), 'name':name} | parameters))
-    except (NameError, AssertionError, ValueError) as e: raise ValueError(f"slurm: {' '.join(str(e).split())}") from None
+    except (NameError, AssertionError, ValueError) as e:
+        raise ValueError(f"slurm: {' '.join(str(e).split())}") from None
     return executor
 
 def _submit(configs, root, scale, device, minutes, job_minutes=None, cluster=None, **parameters):
@@ -200,7 +202,8 @@ def _await_job(job, debug=False):
     while not (debug or job.paths.result_pickle.is_file()):   # job.done() asks sacct, which not every cluster has
         if _in_queue(job): gone = None
         elif gone is None: gone = time.monotonic()
-        elif time.monotonic()-gone>SLURM_PATIENCE_S: raise RuntimeError(f'Slurm job {job.job_id} ended without a result')
+        elif time.monotonic()-gone>SLURM_PATIENCE_S:
+            raise RuntimeError(f'Slurm job {job.job_id} ended without a result')
         time.sleep(1)
     if (e := job.exception()) is None: return job.result()
     lines = [line for line in str(e).splitlines() if line.strip('- ')]   # a traceback between rules, then hints

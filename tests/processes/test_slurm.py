@@ -99,7 +99,7 @@ def slurm():
             if command[0] == 'munged': wait_for((here/'munge'/'socket').exists, 30, 'munge')
         deadline = time.monotonic()+60
         while 'idle' not in ask('sinfo', '-h', '-o', '%T'):
-            if time.monotonic() > deadline: pytest.skip(f"Slurm does not start: {(here/'slurmd.out').read_text()[-500:]}")
+            if time.monotonic() > deadline: pytest.skip(f"no Slurm: {(here/'slurmd.out').read_text()[-500:]}")
             time.sleep(0.5)
         yield here
         ask('scancel', '--user', getpass.getuser())

@@ -31,8 +31,8 @@ def installed(root, tmp_path_factory):
         if (root/name).is_file(): shutil.copy(root/name, copy)
         else: shutil.copytree(root/name, copy/name, ignore=shutil.ignore_patterns('__pycache__', '.*'))
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    built = subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', wheels, copy], capture_output=True,
-                           text=True)
+    wheel = [*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', wheels, copy]
+    built = subprocess.run(wheel, capture_output=True, text=True)
     if 'bdist_wheel' in built.stderr: pytest.skip('no bdist_wheel; expected setuptools 70.1 or later, or wheel')
     assert built.returncode == 0, built.stderr
     subprocess.run([*pip, 'install', '--no-deps', '--target', site, *wheels.glob('*.whl')], check=True)
@@ -43,8 +43,8 @@ def installed(root, tmp_path_factory):
 def ditnano(installed, folder, *words):
     drop = ('DITNANO_REPO', 'DITNANO_RUNS', 'DITNANO_FIGURES', 'DITNANO_EVIDENCE', 'PYTHONPATH')
     env = {k: v for k, v in os.environ.items() if k not in drop} | {'PYTHONPATH': str(installed)}
-    done = subprocess.run([sys.executable, '-m', 'ditnano', *words], cwd=folder, env=env, capture_output=True, text=True,
-                          timeout=600)
+    command = [sys.executable, '-m', 'ditnano', *words]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -59,7 +59,8 @@ def test_designs_are_proposed(installed, tmp_path):
 
 def test_a_scale_of_ones_own_is_swept(installed, tmp_path):
     (tmp_path/'my.yaml').write_text(SCALE)
-    assert '1 of 1 runs are done' in ditnano(installed, tmp_path, 'sweep', 'heads', '--scale', 'my.yaml', '--runs', 'rr')
+    said = ditnano(installed, tmp_path, 'sweep', 'heads', '--scale', 'my.yaml', '--runs', 'rr')
+    assert '1 of 1 runs are done' in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ['my.yaml', 'rr'] and list(tmp_path.glob('rr/*/result.json'))
 
 
