@@ -644,8 +644,12 @@ def _summarized(command):
     call.__doc__ = command.__doc__.splitlines()[0]
     return call
 
+def _expand_home(word):
+    "`~` at the start of a word or behind `--out=`, which a shell leaves as it is."
+    return re.sub('^(--[a-z-]+=)?(~[^/]*)(?=/|$)', lambda m: (m[1] or '')+os.path.expanduser(m[2]), word)
+
 def _run(words):
-    words = list(sys.argv[1:] if words is None else words)
+    words = [_expand_home(w) for w in (sys.argv[1:] if words is None else words)]
     if words[:1]==['--version']: return print(f'ditnano {__version__}')
     if words and words[0] in COMMANDS:
         command = with_help(COMMANDS[words[0]])

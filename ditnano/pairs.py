@@ -252,7 +252,7 @@ def make_pairs(
     a, b = _seed_range(seeds)
     for k,v in {'shard':shard, 'batch':batch}.items():
         if v<1: raise ValueError(f"{k}={v}: expected 1 or more")
-    out, device, (teacher, name) = Path(out), pick_device(device), _resolve_teacher(teacher, name)
+    out, device, (teacher, name) = Path(out).expanduser(), pick_device(device), _resolve_teacher(teacher, name)
     recipe = pairs_recipe(teacher, name, steps, image_dtype, precision)
     if compile is None: compile = device.type=='cuda' and b-a>=2000
     def ready(): return partial(_make_shard, frozen_copy(teacher, device, compile), recipe, batch, device, store_noise)
@@ -421,7 +421,8 @@ class PairDataset(torch.utils.data.Dataset):
         limit:int|None=None, # Only the first `limit` pairs
         noise_cache:float=256, # MB of regenerated noise to keep
     ):
-        m, self.folder = read_manifest(folder), Path(folder)
+        self.folder = folder = Path(folder).expanduser()
+        m = read_manifest(folder)
         records, want = _records(self.folder, m, limit, check)
         a, shape = m['seeds'][0], m['recipe']['shape']
         self.seeds, self.recipe = range(a, a+want), m['recipe'] | {'seeds':[a, a+want]}

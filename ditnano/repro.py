@@ -204,6 +204,14 @@ def _move_into_place(tmp, path):
 # %% ../nbs/00_repro.ipynb #e6ba6261
 _cleaned:set[Path] = set()
 
+def _named_write_error(path, e):
+    "An error of writing with the file's name, which neither `write` nor safetensors gives; others as they are."
+    if isinstance(e, OSError): text, named = e.strerror, e.filename
+    else: text, named = str(e), type(e).__name__!='SafetensorError'
+    if named or not text: return e
+    number = errno.ENOSPC if 'No space left' in text else getattr(e, 'errno', None) or errno.EIO
+    return OSError(number, f"{text}; nothing was written, what was there is kept", str(path))
+
 @contextlib.contextmanager
 def atomic(
     path:str|os.PathLike[str], # The file or folder that should appear
@@ -220,6 +228,9 @@ def atomic(
         _finish(tmp, mode, sync)
         _move_into_place(tmp, path)
         if sync: _flush(path.parent)
+    except Exception as e:
+        if (named := _named_write_error(path, e)) is e: raise
+        raise named from None
     finally: _remove(tmp)
 
 # %% ../nbs/00_repro.ipynb #9274f9b9

@@ -672,7 +672,7 @@ class Clock:
 class RunFiles:
     "A run's folder: checkpoint and history, written by the first process."
     def __init__(self, folder:str|os.PathLike[str], task:Task, cfg:TrainConfig, device='auto'):
-        self.folder, self.task, self.cfg, self.device = Path(folder), task, cfg, device
+        self.folder, self.task, self.cfg, self.device = Path(folder).expanduser(), task, cfg, device
         self.identity = {'train':cfg.to_dict(), 'task':task.identity}
         self.file, self.history = self.folder/'state.safetensors', History(folder)
 

@@ -11,6 +11,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -116,7 +117,9 @@ def _run_child():
     how = dict(kernel_name=KERNEL, cwd=job['cwd'], progress_bar=job['bar'], config=ipc)
     try:
         with sigterm_interrupts(): papermill.execute_notebook(job['path'], job['out'], job['parameters'], **how)
-    except KeyboardInterrupt: sys.exit(130)
+    except KeyboardInterrupt:
+        if os.getppid()!=job['parent']: shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)   # nobody else will
+        sys.exit(130)
     except papermill.PapermillExecutionError as e:
         report = dict(cell=_cell_number(job,e.cell_index), error=f'{e.ename}: {e.evalue}', trace='\n'.join(e.traceback))
         Path(sys.argv[1]).with_name('report.json').write_text(json.dumps(report))
