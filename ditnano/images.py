@@ -206,7 +206,8 @@ def _batches(folder, split):
             whole = x.dtype==np.uint8 and len(x)==len(y) and all(type(k) is int and 0<=k<=9 for k in y)
             images.append(x.reshape(-1,3,32,32))
         except Exception as e:   # a damaged pickle fails in many ways
-            why = str(e).partition(';')[0] if 'expected only' in str(e) else type(e).__name__
+            if 'expected only numpy' in str(e): raise ValueError(f"{folder.name}/{n}: {e}") from None
+            why = type(e).__name__
             raise ValueError(f"{folder.name}/{n}: damaged or truncated ({why}); expected a CIFAR-10 batch") from None
         if not whole: raise ValueError(f"{folder.name}/{n}: expected bytes, and a label from 0 to 9 for each image")
         labels += y
