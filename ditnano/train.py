@@ -328,14 +328,27 @@ def read_history(
     return History(folder).read()
 
 class Progress:
-    "A callback: a bar on a screen, one line a minute elsewhere."
-    def __init__(self, name:str=''): self.name, self.bar = name, None
+    "A callback: a bar on a screen; elsewhere, or with `log`, a line now and then and one at the end."
+    def __init__(self,
+        name:str='',             # Of what is trained
+        log:Callable|None=None,  # Called with each line; default the standard error output
+        every:float=60,          # Seconds between lines
+        clock:Callable[[],float]=time.monotonic, # Seconds
+    ):
+        self.name, self.log, self.every, self.clock, self.bar, self.last = name, log, every, clock, None, clock()
+        if not log and not sys.stderr.isatty(): self.log = functools.partial(print, file=sys.stderr, flush=True)
 
     def __call__(self, line:dict[str,Any]):
+        if self.log is None: return self._show_bar(line)
+        if line['images']<line['of'] and self.clock()-self.last<self.every: return
+        self.last = self.clock()
+        self.log(f"{self.name}: {line['images']:,} of {line['of']:,} images, loss {line['loss']:.4g}, "
+                 f"{line['images_per_s']:,.4g} images/s")
+
+    def _show_bar(self, line):
         from tqdm import tqdm
         if self.bar is None:
-            every = 0.5 if sys.stderr.isatty() else 60
-            self.bar = tqdm(total=line['of'], desc=self.name, unit=' images', unit_scale=True, mininterval=every,
+            self.bar = tqdm(total=line['of'], desc=self.name, unit=' images', unit_scale=True, mininterval=0.5,
                             initial=line['images'])
         self.bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
         self.bar.update(line['images']-self.bar.n)
