@@ -136,6 +136,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                              'ditnano/deploy/engines.py'),
                                         'ditnano.deploy.engines.CudaGraphModule.__init__': ( 'deploy/engines.html#cudagraphmodule.__init__',
                                                                                              'ditnano/deploy/engines.py'),
+                                        'ditnano.deploy.engines.CudaGraphModule._capture': ( 'deploy/engines.html#cudagraphmodule._capture',
+                                                                                             'ditnano/deploy/engines.py'),
                                         'ditnano.deploy.engines._build_engine': ( 'deploy/engines.html#_build_engine',
                                                                                   'ditnano/deploy/engines.py'),
                                         'ditnano.deploy.engines._check_request': ( 'deploy/engines.html#_check_request',

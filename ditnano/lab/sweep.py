@@ -88,7 +88,8 @@ def _resumable_first(configs, root):
 class _Queue:
     "Runs to do, their outcomes in the order of the runs, and what went wrong."
     def __init__(self, configs, root, log):
-        self.configs, self.root, self.log, self.lock = configs, root, log, threading.Lock()
+        self.progress = RunsInProgress(log)
+        self.configs, self.root, self.log, self.lock = configs, root, self.progress.log, threading.Lock()
         self.todo, self.outcomes, self.failures = deque(enumerate(configs)), {}, {}
         self.held = {}   # number of a run that another process held when it was tried: who
 
@@ -235,12 +236,11 @@ def sweep(
     configs, elsewhere = _split_known(_resumable_first(configs, root), root, evidence)
     if elsewhere:
         log(f"{len(elsewhere)} run{'s'*(len(elsewhere)>1)} found in {' and '.join(Path(f).name for f in evidence)}")
-    progress = RunsInProgress(log)
-    queue, deadline = _Queue(configs, root, progress.log), _deadline(minutes-_shutdown_margin(minutes)/60)
+    queue, deadline = _Queue(configs, root, log), _deadline(minutes-_shutdown_margin(minutes)/60)
     def inline(config, wait):
         return _run_one(config, root, scale, device, _minutes_left(deadline), math.inf if world>1 else wait)
     workers = workers or (_default_workers(device) if executor=='processes' else 1)
-    local = _LocalProcesses(workers, _shutdown_margin(minutes), progress)
+    local = _LocalProcesses(workers, _shutdown_margin(minutes), queue.progress)
     def in_process(config, wait): return local(config, root, scale, device, _minutes_left(deadline), wait)
     try:
         with sigterm_interrupts():
