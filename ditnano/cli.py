@@ -614,7 +614,8 @@ def lease(
     Example: ditnano lease --take packs/
     """
     from ditnano.lab.evidence import evidence_folders
-    from ditnano.lab.lease import describe_lease, lease, parse_size, plan_lease, take_home
+    from ditnano.lab.lease import describe_lease, lease, plan_lease, take_home
+    from ditnano.lab.packs import parse_size
     s = load_scale(scale)
     done = [evidence] if evidence else evidence_folders(out or '')
     if dry_run: return print(describe_lease(plan_lease(s, minutes, roots=done)))

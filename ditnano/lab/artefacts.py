@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINING_RECIPES', 'STUDENTS', 'PAIRS', 'REFERENCES', 'NO_SAMPLE_NOTES', 'DenoiseTask', 'random_shift',
-           'ClassifyTask', 'held_out_accuracy', 'TrainingRecipe', 'make_task', 'compile_network', 'build_artifact',
-           'sample_teacher', 'Student', 'best_of', 'student_run', 'model_card', 'build_shipped']
+           'ClassifyTask', 'held_out_accuracy', 'TrainingRecipe', 'make_task', 'compile_network', 'train_artifact',
+           'build_artifact', 'sample_teacher', 'Student', 'best_of', 'student_run', 'model_card', 'build_shipped']
 
 # %% ../../nbs/lab/11_artefacts.ipynb #bf6c10eb
 import os
@@ -190,30 +190,37 @@ def _card(recipe, data, state):
             'seconds':round(state.seconds),
             'device':where['device_name'], 'threads':where['threads'], 'torch':where['libraries']['torch']}
 
-def build_artifact(
-    name:str,           # Key of `TRAINING_RECIPES`
-    out=None,           # Folder to make; default inside the package
-    run_folder=None,          # Folder of the run; default in the cache
+def train_artifact(
+    recipe:TrainingRecipe, # What is trained, and how
+    out,                # Folder to make
+    run,                # Folder of the run; a hash of data and recipe is added to its name
     device:str='auto',  # Where to train
     stop_after:int=None, # Stop at this many steps, without shipping
     minutes:float=None, # Stop when this time is up, without shipping
     log=None,           # Called with each line of the history, e.g. `train.Progress(name)`
 ): # The folder made, or None when stopped early
-    "Train and ship one row of `TRAINING_RECIPES`; resumes from its last checkpoint."
-    if name not in TRAINING_RECIPES:
-        raise ValueError(f"shipped network {name!r}; expected one of {', '.join(TRAINING_RECIPES)}")
-    recipe, out = TRAINING_RECIPES[name], Path(out or weights_dir()/name)
-    task = make_task(recipe)
+    "Train by a recipe, and keep what it makes; resumes from its last checkpoint."
+    task, out = make_task(recipe), Path(out)
     key = content_hash([task.identity, recipe.train.to_dict()])
-    run_folder = Path(run_folder or cache_dir()/'make'/f'{name}-{key}')
     if recipe.compile: compile_network(task.model)
-    state = fit(task, recipe.train, run_folder, device, stop_after=stop_after, callback=log, minutes=minutes)
+    state = fit(task, recipe.train, f'{run}-{key}', device, stop_after=stop_after, callback=log, minutes=minutes)
     if state.step<recipe.train.steps or int(os.environ.get('RANK', 0)): return None
     net, card = state.ema_model(), _card(recipe, task.data, state)
     if recipe.kind=='denoise': save_teacher(net, out, card)
     else:
         save_classifier(net, out, card | {'held_out_accuracy':held_out_accuracy(net, load_images(recipe.data,'test'))})
     return out
+
+def build_artifact(
+    name:str,  # Key of `TRAINING_RECIPES`
+    out=None,  # Folder to make; default inside the package
+    run=None,  # Folder of the run; default in the cache
+    **how,     # device, stop_after, minutes, log, as for `train_artifact`
+): # The folder made, or None when stopped early
+    "Train and ship one row of `TRAINING_RECIPES`."
+    if name not in TRAINING_RECIPES:
+        raise ValueError(f"shipped network {name!r}; expected one of {', '.join(TRAINING_RECIPES)}")
+    return train_artifact(TRAINING_RECIPES[name], out or weights_dir()/name, run or cache_dir()/'make'/name, **how)
 
 # %% ../../nbs/lab/11_artefacts.ipynb #78cb6c94
 def sample_teacher(

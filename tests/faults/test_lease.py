@@ -1,4 +1,5 @@
 "Leases that are killed, slow or continued; a clock that the test drives passes the time, and one small lease is real."
+import errno
 import os
 import random
 import subprocess
@@ -10,21 +11,20 @@ import pytest
 
 from ditnano.config import Scale
 from ditnano.dit import DiT, randomize_weights
-from ditnano.edm import READERS, load_teacher
+from ditnano.edm import READERS, load_teacher, save_teacher
 from ditnano.lab.evidence import rows_of
 from ditnano.lab.execute import TimeLimitReached
 from ditnano.lab.experiments import as_student
 from ditnano.lab.lease import (
+    MAX_FAILURES,
     LeaseWork,
-    Packs,
     SimulatedClock,
     lease,
     missing_runs,
-    read_pack,
     run_lease,
     summarize_missing,
-    take_packs,
 )
+from ditnano.lab.packs import Packs, read_pack, take_packs
 from ditnano.lab.runs import Run, collect, run_once
 
 NOTHING = {'losses': {'losses': ['L2'], 'setups': []}, 'depth': {'depths': []}, 'width': {'widths': []},
@@ -71,7 +71,8 @@ class SimulatedWork(LeaseWork):
 
     def make_teacher(self, images, seconds):
         self.sleep(images/5000)
-        self.keep_teacher(load_teacher('digits32'), {'images': images})
+        save_teacher(load_teacher('digits32'), self.teacher_folder, {'images': images})
+        self.keep_teacher()
         self.teacher = 'shipped'
 
     def evaluate_teacher(self, seconds): self.sleep(2)
@@ -110,7 +111,8 @@ def quiet(line): pass
 def simulate(folder, clock, minutes=3, take=None, scale=DIGITS, **kwargs):
     "A lease into folder/out; its work and its rows, None where it was killed."
     work = SimulatedWork(scale, Packs(folder/'out'), folder/'work', 'cpu', log=quiet, clock=clock, **kwargs)
-    if take: take_packs(take, work.runs, work.weights)
+    if take: work.taken = [name for names in take_packs(take, work.runs, work.weights)[:2] for name in names]
+    work.pack_rest()
     try: return work, run_lease(work, minutes, clock, quiet)
     except Killed: return work, None
 
@@ -190,6 +192,78 @@ def test_killed_while_a_pack_is_written(tmp_path, monkeypatch):
     assert packed_runs(tmp_path/'out')
 
 
+def test_killed_between_a_record_and_its_pack(tmp_path):
+    "The same command in the same folder packs what was finished, and computes the others; what was taken stays out."
+    class Unpacked(SimulatedWork):
+        def pack(self, folder, prefix):
+            if len(self.computed) == 2: raise Killed
+            super().pack(folder, prefix)
+    clock, first = SimulatedClock(), tmp_path/'first'
+    work = Unpacked(DIGITS, Packs(first/'out'), first/'work', 'cpu', log=quiet, clock=clock)
+    with pytest.raises(Killed): run_lease(work, 3, clock, quiet)
+    assert len(packed_runs(first/'out')) == 1
+    again, rows = simulate(first, SimulatedClock())
+    assert len(again.computed) == 6 and packed_runs(first/'out') == {*work.computed, *again.computed}
+    later, rows = simulate(tmp_path/'second', SimulatedClock(), take=first/'out', scale=replace(DIGITS, seeds=(0, 1)))
+    assert packed_runs(tmp_path/'second'/'out') == set(later.computed)
+
+
+class Failing(SimulatedWork):
+    "Runs of these numbers fail, each in another way."
+    def __init__(self, *args, which, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.which, self.tried = which, 0
+
+    def distill(self, config, minutes):
+        self.tried += 1
+        if self.tried in self.which: raise FloatingPointError(f'loss is nan at step {self.tried}')
+        return super().distill(config, minutes)
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path):
+    clock = SimulatedClock()
+    work = Failing(DIGITS, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet, clock=clock, which=(1, 3))
+    rows = run_lease(work, 3, clock, quiet)
+    assert [r['note'] for r in rows if r['note']] == [f'FloatingPointError: loss is nan at step {k}' for k in (1, 3)]
+    assert len(packed_runs(tmp_path/'out')) == 6
+    notes = take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights')[2]
+    assert list(notes['failed'].values()) == [r['note'] for r in rows if r['note']]
+
+
+def test_runs_that_all_fail_end_the_lease(tmp_path):
+    clock, what = SimulatedClock(), range(1, 99)
+    work = Failing(DIGITS, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet, clock=clock, which=what)
+    with pytest.raises(FloatingPointError, match=f'at step {MAX_FAILURES}'): run_lease(work, 3, clock, quiet)
+
+
+def test_a_preflight_that_fails_is_noted(tmp_path):
+    class NoPreflight(SimulatedWork):
+        def preflight(self): raise RuntimeError('no kernel image is available')
+    clock = SimulatedClock()
+    work = NoPreflight(DIGITS, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet, clock=clock)
+    rows = run_lease(work, 3, clock, quiet)
+    assert rows[0]['note'] == 'RuntimeError: no kernel image is available' and len(packed_runs(tmp_path/'out')) == 8
+
+
+def test_a_full_disk_costs_one_run(tmp_path, monkeypatch):
+    "A pack that cannot be written leaves the pack before it; the run is named, and the next one is packed."
+    write, full = Path.write_bytes, []
+
+    def limited(path, data):
+        if len(data) > 150_000 and not full and 'pack-' in str(path):
+            full.append(path)
+            write(path, data[:1000])
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return write(path, data)
+    monkeypatch.setattr(Path, 'write_bytes', limited)
+    work, rows = simulate(tmp_path, SimulatedClock())
+    assert full and [r['note'] for r in rows if r['note']] == ['OSError: [Errno 28] No space left on device']
+    assert len(packed_runs(tmp_path/'out')) == len(work.computed)-1
+    assert all(p.name.startswith('pack-') for p in (tmp_path/'out').iterdir())
+    simulate(tmp_path, SimulatedClock())   # the same command, when there is space again
+    assert packed_runs(tmp_path/'out') == set(work.computed)
+
+
 def test_missing_minutes_are_reported(tmp_path):
     simulate(tmp_path/'a', SimulatedClock(), minutes=1.5)
     _, _, notes = take_packs(tmp_path/'a'/'out', tmp_path/'runs', tmp_path/'weights', tmp_path/'evidence')
@@ -211,12 +285,14 @@ def test_slow_machine_finishes_a_teacher_or_says_why(tmp_path, monkeypatch):
 def test_another_teacher_is_refused(tmp_path):
     work = SimulatedWork(DIGITS, Packs(tmp_path/'out'), tmp_path/'work', 'cpu', log=quiet, clock=SimulatedClock())
     net = load_teacher('digits32')
-    work.keep_teacher(net, {'images': 1})
+    save_teacher(net, work.teacher_folder, {'images': 1})
+    work.keep_teacher()
     assert take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights')[0] == ['digits32']
     assert take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights')[0] == []
     next(net.parameters()).data.add_(1)
     other = SimulatedWork(DIGITS, Packs(tmp_path/'out2'), tmp_path/'work2', 'cpu', log=quiet, clock=SimulatedClock())
-    other.keep_teacher(net, {'images': 1})
+    save_teacher(net, other.teacher_folder, {'images': 1})
+    other.keep_teacher()
     with pytest.raises(ValueError, match="teacher 'digits32': another one"):
         take_packs(tmp_path/'out2', tmp_path/'runs', tmp_path/'weights')
 
