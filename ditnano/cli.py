@@ -250,7 +250,8 @@ def train(
     _fit(_make_task(recipe, design, data, loss, config.seed), config, Path(out), device, limit)
 
 def _fit(task, config, out, device, minutes):
-    from ditnano.train import Progress, fit
+    from ditnano.state import Progress
+    from ditnano.train import fit
     state = fit(task, config, out, device, callback=Progress('train'), minutes=minutes)
     done = 100*state.step//config.steps
     if state.step<config.steps: return print(f'{out}: stopped at {done}%; the same command resumes it')
@@ -518,7 +519,7 @@ def _verify(folder, device):
     import tempfile
 
     from ditnano.lab.execute import VERIFY_TOLERANCE, verify
-    from ditnano.train import Progress
+    from ditnano.state import Progress
     with tempfile.TemporaryDirectory() as root: found = verify(folder, root, device, Progress('verify'))
     print(table([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']}
                  for k, v in found.items()]))

@@ -21,15 +21,7 @@ import torch.nn.functional as F
 from ..classifier import Classifier, save_classifier
 from ..config import SIZES, TrainConfig, UNetConfig, load_scale
 from ..dit import DiT
-from ditnano.edm import (
-    EDMPrecond,
-    denoising_loss,
-    edm_inputs,
-    heun_sampler,
-    load_teacher,
-    save_teacher,
-    to_bytes,
-)
+from ..edm import EDMPrecond, denoising_loss, edm_inputs, heun_sampler, load_teacher, save_teacher, to_bytes
 from ..images import ImageSet, load_images, to_unit
 from .execute import distill_run
 from .experiments import as_student, distill_config, experiment_configs, size_of
@@ -48,7 +40,8 @@ from ditnano.repro import (
     runs_dir,
     weights_dir,
 )
-from ..train import Progress, fit
+from ..state import Progress
+from ..train import fit
 from ..unet import PRESETS, SongUNet
 
 # %% ../../nbs/lab/11_artefacts.ipynb #63780165

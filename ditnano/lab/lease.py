@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TEACHER_SHARE', 'MAX_TEACHER_SHARE', 'MIN_TEACHER_PART', 'SAFETY', 'MAX_FAILURES', 'ASSUMED', 'SimulatedClock',
            'Schedule', 'describe_lease', 'teacher_images', 'run_lease', 'by_priority', 'missing_runs',
-           'summarize_missing', 'LeaseFolder', 'TeacherWork', 'PairsWork', 'LeaseWork', 'teacher_evaluation',
-           'halve_weights', 'AssumedWork', 'check_requirements', 'lease', 'plan_lease', 'take_home']
+           'summarize_missing', 'LeaseFolder', 'MachineWork', 'TeacherWork', 'PairsWork', 'LeaseWork',
+           'teacher_evaluation', 'halve_weights', 'AssumedWork', 'check_requirements', 'lease', 'plan_lease',
+           'take_home']
 
 # %% ../../nbs/lab/13_lease.ipynb #50965656
 import gc
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -41,7 +43,7 @@ from ditnano.repro import (
     weights_dir,
     write_json,
 )
-from ..train import Progress
+from ..state import Progress
 
 # %% ../../nbs/lab/13_lease.ipynb #b9c27ff6
 class SimulatedClock:
@@ -117,8 +119,7 @@ def _runs(s, work):
     "The missing runs that fit, one after the other; finished ones correct the expected times."
     ratios, skipped, failures = [], [], 0
     for config in work.todo():
-        typical = sorted(ratios)[len(ratios)//2] if ratios else 1.
-        expected, label = work.expected_seconds(config)*typical, run_label(config)
+        expected, label = work.expected_seconds(config)*work.notes.get('ratio', 1.), run_label(config)
         if SAFETY*expected>s.left():
             skipped.append(label)
             continue
@@ -128,7 +129,7 @@ def _runs(s, work):
             work.notes.setdefault('failed', {})[label] = row['note']
             continue
         ratios.append((row['end']-row['start'])/max(work.expected_seconds(config), 1e-9))
-        work.notes['ratio'] = sorted(ratios)[len(ratios)//2]
+        work.notes['ratio'] = median(ratios)
     fits = f'{max(0, s.left()):.0f} s that are left'
     if skipped: s.note('not started', f'{len(skipped)} runs that do not fit into {fits}, first {skipped[0]}')
 
@@ -161,14 +162,13 @@ def by_priority(
     "Every run of a scale, the most valuable first."
     return [c for group in priority_groups(scale, content) for c in group]
 
-def _is_recorded(config, roots): return any(read_result(Run(r, 'distill', config).folder) for r in roots)
-
 def missing_runs(
     scale:Scale,  # How much of everything
     *roots,       # Folders of runs and records
 )->list: # Configurations of `distill_config`, in order of priority
     "The runs of a scale without a record."
-    return [c for c in by_priority(scale) if not _is_recorded(c, roots)]
+    def recorded(config): return any(read_result(Run(r, 'distill', config).folder) for r in roots)
+    return [c for c in by_priority(scale) if not recorded(c)]
 
 def _read_rates(notes):
     rates = notes.get('rates')
@@ -180,19 +180,14 @@ def summarize_missing(
     *roots,      # Folders of runs and records
 )->str: # One line
     "How many runs are missing, and how many minutes they would take at the rates that a lease measured."
-    every, rates = by_priority(scale), _read_rates(notes)
-    todo = [c for c in every if not _is_recorded(c, roots)]
-    text = f'scale {scale.name}: {len(todo)} of {len(every)} runs are missing'
+    todo, rates = missing_runs(scale, *roots), _read_rates(notes)
+    text = f'scale {scale.name}: {len(todo)} of {len(by_priority(scale))} runs are missing'
     if not todo or not rates: return f"{text}{'; no lease has measured rates yet' if todo else ''}"
     seconds = sum(3600*run_cost(c, rates)['hours'] for c in todo)*notes.get('ratio', 1.)
     where = notes.get('device', 'the lease')
     return f"{text}, about {seconds/60:,.3g} minutes at the rates of {where}, besides its pairs"
 
 # %% ../../nbs/lab/13_lease.ipynb #437288b0
-def _use_teacher(name, folder):
-    "From now on the name means the teacher in this folder."
-    READERS[name] = lambda _: load_teacher(folder)
-
 class LeaseFolder:
     "Where a lease computes, and what of it comes back."
     def __init__(self,
@@ -237,6 +232,9 @@ class LeaseFolder:
         self.pack(folder := Run(self.runs, kind, config).folder, f'runs/{folder.name}')
         return record
 
+# %% ../../nbs/lab/13_lease.ipynb #f1ad62cc
+class MachineWork(LeaseFolder):
+    "What a lease does about its machine."
     def preflight(self):
         "Record what this machine does."
         where = fingerprint(pick_device(self.device))
@@ -249,8 +247,20 @@ class LeaseFolder:
         config = {'machine':machine, 'loss':self.scale.loss, 'batch':self.scale.batch}
         self.record('preflight', config, compute, 'preflight')
 
+    def measure(self):
+        "Rates of students, loss and extractors, kept in the packs' notes."
+        configs = by_priority(self.scale)
+        assistants = [assistant_config(c) for c in configs if c['recipe']=='ta']
+        widths = {as_student(c['student']).width for c in configs+assistants}
+        self.rates = measure_rates(self.scale, widths, self.device)
+        self.notes['rates'] = self.rates
+
 # %% ../../nbs/lab/13_lease.ipynb #c1d6c1ff
-class TeacherWork(LeaseFolder):
+def _use_teacher(name, folder):
+    "From now on the name means the teacher in this folder."
+    READERS[name] = lambda _: load_teacher(folder)
+
+class TeacherWork(MachineWork):
     "What a lease does about its teacher."
     def has_teacher(self)->bool:
         "Whether the scale's teacher is here, from this folder or with the package."
@@ -321,14 +331,6 @@ class PairsWork(TeacherWork):
 # %% ../../nbs/lab/13_lease.ipynb #22d97152
 class LeaseWork(PairsWork):
     "Everything that a lease does on this machine, part by part."
-    def measure(self):
-        "Rates of students, loss and extractors, kept in the packs' notes."
-        configs = by_priority(self.scale)
-        assistants = [assistant_config(c) for c in configs if c['recipe']=='ta']
-        widths = {as_student(c['student']).width for c in configs+assistants}
-        self.rates = measure_rates(self.scale, widths, self.device)
-        self.notes['rates'] = self.rates
-
     def todo(self)->list:
         "Configurations without a record, here or in the evidence."
         return missing_runs(self.scale, self.runs, *self.evidence)

@@ -10,7 +10,8 @@ PROGRAM = textwrap.dedent('''
     import os, sys, torch
     from torch import nn
     from ditnano.config import TrainConfig
-    from ditnano.train import fit, on_rank0
+    from ditnano.ranks import on_rank0
+    from ditnano.train import fit
     torch.set_num_threads(1)
     fault, folder, rank = sys.argv[1], sys.argv[2], int(os.environ['RANK'])
     class Line:

@@ -72,7 +72,8 @@ def test_packs_that_would_not_come_back_are_named(tmp_path):
     big = Packs(tmp_path, 110_000, 3)
     for i in range(6): big.add({f'{RUN[:-1]}{i}/result.json': bytes([i])*40_000}, {})
     assert big.names() == {f'{RUN[5:-1]}{i}' for i in range(6)}
-    with pytest.raises(ValueError, match='pack-2.tar: one too many; expected 2 packs'): Packs(tmp_path, 110_000, 2).names()
+    with pytest.raises(ValueError, match='pack-2.tar: one too many; expected 2 packs'):
+        Packs(tmp_path, 110_000, 2).names()
     with pytest.raises(ValueError, match='pack-0.tar: .* bytes; expected 60,000 at most, or another folder'):
         Packs(tmp_path, 60_000, 3).names()
 
