@@ -304,14 +304,14 @@ TINY = Scale(name='smoke', pairs=40, images=32, batch=16, samples=24, loss='L2',
 
 @pytest.mark.slow
 def test_real_lease_on_digits(tmp_path):
-    rows = lease(TINY, 5, tmp_path/'out', device='cpu', work=tmp_path/'work', log=quiet)
+    rows = lease(TINY, 60, tmp_path/'out', device='cpu', work=tmp_path/'work', log=quiet)
     assert [r['what'] for r in rows][:4] == ['preflight', 'evaluation of the teacher', 'pairs', 'rates']
     new, _, notes = take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights', tmp_path/'evidence')
     kinds = sorted(n.partition('-')[0] for n in new)
     assert kinds == ['distill']*3+['preflight', 'teacher'] and notes['rates']['loss'] >= 0
     frame = collect(tmp_path/'evidence')
     assert frame[frame.kind == 'distill']['FD-digitsnet'].gt(0).all() and missing_runs(TINY, tmp_path/'evidence') == []
-    again = lease(TINY, 5, tmp_path/'out2', tmp_path/'out', 'cpu', work=tmp_path/'work2', log=quiet)
+    again = lease(TINY, 60, tmp_path/'out2', tmp_path/'out', 'cpu', work=tmp_path/'work2', log=quiet)
     assert [r['what'] for r in again][-1] == 'rates'
 
 
