@@ -32,6 +32,7 @@ def options():
     parser.add_argument('--whole', action='store_true', help='all trials: minutes; default a few of each kind')
     parser.add_argument('--only', nargs='*', default=[], help=f'kinds ({kinds}), or parts of the names of rows')
     parser.add_argument('--keep', type=Path, help='a folder for the trials, which stay there')
+    parser.add_argument('--list', action='store_true', help='print the trials, and run none')
     parser.add_argument('--verbose', action='store_true', help='a line for each trial')
     return parser.parse_args()
 
@@ -65,6 +66,7 @@ def main():
     given, begin = options(), time.monotonic()
     trials = [t for kind, make in KINDS.items() for t in make(given.whole) if chosen(kind, t, given.only)]
     if not trials: sys.exit(f"campaign: no trial matches {' '.join(given.only)}; expected {', '.join(KINDS)}")
+    if given.list: return print('\n'.join(f'{t.kind} {t.number}' for t in trials))
     warnings.filterwarnings('ignore', 'This process .* is multi-threaded', DeprecationWarning)
     root = given.keep or Path(tempfile.mkdtemp(prefix='faults'))
     warm_up()

@@ -22,7 +22,8 @@ LIMIT_S = 300     # A command that takes longer waits for ever; generous, for a 
 PATIENCE_S = 60   # For what a killed command started: it has a grace of 20 s for its checkpoint
 WARM = ('accelerate', 'torch', 'ditnano.cli', 'ditnano.distill.recipes', 'ditnano.lab.lease', 'ditnano.lab.sweep',
         'ditnano.lab.notebooks', 'ditnano.lab.plan', 'ditnano.metrics', 'ditnano.interop.get_pairs',
-        'ditnano.deploy.export', 'ditnano.deploy.engines', 'ditnano.deploy.web', 'sklearn.datasets')
+        'ditnano.deploy.export', 'ditnano.deploy.engines', 'ditnano.deploy.web', 'sklearn.datasets',
+        'torch._dynamo', 'torch.distributed.tensor', 'torch.onnx', 'filelock', 'typeguard', 'PIL.PngImagePlugin')
 
 
 class Failure(Exception):
@@ -50,6 +51,7 @@ def warm_up():
     "Import once what every command needs, and make checkpoints frequent and shards small."
     for name in WARM: importlib.import_module(name)
     from ditnano import pairs, repro, train
+    for name in ('torchvision', 'torch_fidelity'): repro.import_guarded(name)
     from ditnano.lab import execute
     train.fit = functools.partial(train.fit, save_every=0.02, log_every=2)
     pairs.make_pairs = functools.partial(pairs.make_pairs, shard=2, batch=2)

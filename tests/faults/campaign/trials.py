@@ -103,7 +103,8 @@ COMMANDS = {
                      result=('packs/*.tar', 'packs/.*.tmp')),
     'take': Command('lease --scale tiny.yaml --take packs --runs home --weights w --evidence e', after='lease',
                     result=('home/*/*', 'home/*/student/*', 'e/*/*', 'w/*/*')),
-    'paper': Command('paper --only table_1,table_2 --runs none --out figures', result=('figures/*.csv', 'figures/*.md')),
+    'paper': Command('paper --only table_1,table_2 --runs none --out figures',
+                     result=('figures/*.csv', 'figures/*.md')),
 }
 
 # Kills ---------------------------------------------------------------------------------------------------------------
@@ -284,7 +285,8 @@ def no_room(name, world, rng):
 def can_mount():
     "Whether this process may mount a file system of its own."
     if sys.platform != 'linux' or os.geteuid(): return False
-    return subprocess.run(['unshare', '-m', 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt'], capture_output=True).returncode == 0
+    command = ['unshare', '-m', 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt']
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def full_disk(name, world, rng):
