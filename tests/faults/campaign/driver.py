@@ -59,18 +59,23 @@ def warm_up():
     execute.POLL_LIMIT_S = 20     # and the other process of two so long
 
 
-def _redirect(folder, tag):
-    for number, name in ((1, 'out'), (2, 'err')):
-        file = os.open(folder/f'{tag}.{name}', os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
-        os.dup2(file, number)
+class Child(NamedTuple):
+    "A command in progress; what it prints goes into pipes, which a full disk does not reach."
+    pid: int
+    out: int
+    err: int
+
+
+def _redirect(out, err):
+    os.dup2(out, 1)
+    os.dup2(err, 2)
     sys.stdout = os.fdopen(1, 'w', closefd=False)
     sys.stderr = os.fdopen(2, 'w', closefd=False)
 
 
-def _child(folder, command, tag, env, inside):
+def _child(folder, command, env, inside):
     "The command line's own entry point in the trial's folder; gives the exit status."
     os.setsid()
-    _redirect(folder, tag)
     own = {'DITNANO_CACHE': folder/'cache', 'DITNANO_RUNS': folder/'runs', 'DITNANO_FIGURES': folder/'figures',
            'TMPDIR': folder/'tmp', 'DITNANO_TRIAL': folder, **env}
     os.environ.update({k: str(v) for k, v in own.items()})
@@ -90,33 +95,47 @@ def _child(folder, command, tag, env, inside):
         return 1
 
 
-def start(folder, command, tag='log', env=None, inside=None):
-    "Fork a child for a command; gives its number."
+def start(folder, command, env=None, inside=None):
+    "Fork a child for a command."
     sys.stdout.flush()
+    (out, to_out), (err, to_err) = os.pipe(), os.pipe()
     pid = os.fork()
-    if pid: return pid
+    if pid:
+        for end in (to_out, to_err): os.close(end)
+        return Child(pid, out, err)
     code = 1
     try:
-        code = _child(folder, command, tag, env or {}, inside)
+        _redirect(to_out, to_err)
+        code = _child(folder, command, env or {}, inside)
         sys.stdout.flush()
         sys.stderr.flush()
     finally: os._exit(code)
 
 
-def wait(pid, folder, tag='log', limit=LIMIT_S):
+def _drain(end):
+    "What is in a pipe now."
+    os.set_blocking(end, False)
+    found = b''
+    try:
+        while chunk := os.read(end, 1 << 16): found += chunk
+    except BlockingIOError: pass
+    return found
+
+
+def wait(child, limit=LIMIT_S):
     "Its end; one that does not end in time is killed, and that is a failure."
-    deadline, pause = time.monotonic()+limit, 0.002
-    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+    deadline, pause, texts = time.monotonic()+limit, 0.002, [b'', b'']
+    while not (done := os.waitpid(child.pid, os.WNOHANG))[0]:
+        texts = [text+_drain(end) for text, end in zip(texts, child[1:])]
         if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise Failure(f'still there after {limit} s: {read(folder/f"{tag}.err")[-300:]}')
+            os.killpg(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+            raise Failure(f'still there after {limit} s: {texts[1][-300:]}')
         time.sleep(pause)
         pause = min(2*pause, 0.05)
-    return Ended(os.waitstatus_to_exitcode(done[1]), read(folder/f'{tag}.out'), read(folder/f'{tag}.err'))
-
-
-def read(path): return path.read_text(errors='replace') if path.is_file() else ''
+    texts = [(text+_drain(end)).decode(errors='replace') for text, end in zip(texts, child[1:])]
+    for end in child[1:]: os.close(end)
+    return Ended(os.waitstatus_to_exitcode(done[1]), *texts)
 
 
 def descendants(folder):
@@ -264,14 +283,14 @@ class World:
             leave = os._exit
 
             def note_and_leave(code):
-                with open(folder.parent/f'{folder.name}.events', 'w') as f: f.write(str(count[0]))
+                (self.root/f'{folder.name}.events').write_text(str(count[0]))
                 leave(code)
             os._exit = note_and_leave
-        ended = wait(start(folder, command, inside=count_events), folder)
+        ended = wait(start(folder, command, inside=count_events))
         if ended.code: raise RuntimeError(f'undisturbed {name}: status {ended.code}: {ended.err[-2000:]}')
         seconds, new = time.monotonic()-begin, [p for p in folder.rglob('*') if p.is_file() and p not in before]
         known = result(folder, command) if command.result else {}
-        events = int(read(folder.parent/f'{folder.name}.events') or 0)
+        events = int((self.root/f'{folder.name}.events').read_text())
         self.known[name] = Finished(folder, known, events, seconds, max([p.stat().st_size for p in new], default=0))
         return self.known[name]
 
@@ -281,7 +300,7 @@ class World:
 
     def run(self, folder, name, **how):
         "Run a command of the table to its end."
-        return wait(start(folder, self.commands[name], **how), folder)
+        return wait(start(folder, self.commands[name], **how))
 
     def again(self, folder, name):
         "The same command once more, undisturbed: it must end with the result of the undisturbed run."

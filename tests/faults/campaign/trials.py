@@ -134,11 +134,11 @@ def kill(name, number, world, rng):
     good, folder = world.finished(name), world.fresh(name)
     event, moment = rng.randint(1, max(1, good.events)), rng.uniform(0, good.seconds)
     at_event = rng.random() < 0.5
-    pid = start(folder, world.commands[name], inside=partial(kill_at_event, number, event) if at_event else None)
+    child = start(folder, world.commands[name], inside=partial(kill_at_event, number, event) if at_event else None)
     if not at_event:
         time.sleep(moment)
-        os.kill(pid, number)
-    check_stopped(wait(pid, folder), number)
+        os.kill(child.pid, number)
+    check_stopped(wait(child), number)
     await_descendants(folder)
     world.again(folder, name)
     return 'survived'
@@ -173,9 +173,14 @@ SLOW_FILES = ('pack', 'compiled code', 'hash of compiled code', 'assistant', 'ma
 MANY = 10   # Trials of each kind of damage in the whole campaign
 
 
+def somewhere(data, rng):
+    "A place in a file; half of all lie in its first bytes, where its description is."
+    return rng.randrange(min(len(data), 512) if rng.random() < 0.5 else len(data))
+
+
 def flip(data, rng):
     "One bit."
-    data, at = bytearray(data), rng.randrange(len(data))
+    data, at = bytearray(data), somewhere(data, rng)
     data[at] ^= 1 << rng.randrange(8)
     return bytes(data), f'bit in byte {at} of {len(data)}'
 
@@ -188,7 +193,7 @@ def cut(data, rng):
 
 def zeros(data, rng):
     "A block that never reached the disk."
-    at = rng.randrange(len(data))
+    at = somewhere(data, rng)
     end = min(len(data), at+rng.choice((16, 512, 4096)))
     return data[:at]+bytes(end-at)+data[end:], f'zeros from {at} to {end}'
 
@@ -320,11 +325,11 @@ RACES = {  # commands that start at once: (trials in the small campaign, in the 
 def race(names, world, rng):
     "Several commands in one folder at once: each does its work or says who is there, and one of them has the result."
     folder, good = world.fresh(names[0]), [world.finished(n) for n in dict.fromkeys(names)]
-    pids = []
-    for i, name in enumerate(names):
-        pids.append(start(folder, COMMANDS[name], f'log{i}'))
+    children = []
+    for name in names:
+        children.append(start(folder, COMMANDS[name]))
         time.sleep(rng.choice((0, 0.02, 0.2*good[0].seconds)))
-    ended = [wait(pid, folder, f'log{i}') for i, pid in enumerate(pids)]
+    ended = [wait(child) for child in children]
     refused = [refusal(e, NAMED) for e in ended]
     if all(refused): raise Failure(f'none did the work: {ended[0].err.strip()[-300:]}')
     found = result(folder, COMMANDS[names[0]])
@@ -374,10 +379,10 @@ def start_ranks(folder, inside=(None, None)):
     port = free_port()
     env = {'WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'DITNANO_MAX_WAIT': MAX_WAIT_S}
     command = COMMANDS['short sweep']
-    return [start(folder, command, f'rank{r}', env | {'RANK': r, 'LOCAL_RANK': r}, inside[r]) for r in (0, 1)]
+    return [start(folder, command, env | {'RANK': r, 'LOCAL_RANK': r}, inside[r]) for r in (0, 1)]
 
 
-def run_ranks(folder): return [wait(pid, folder, f'rank{r}') for r, pid in enumerate(start_ranks(folder))]
+def run_ranks(folder): return [wait(child) for child in start_ranks(folder)]
 
 
 def undisturbed_ranks(world):
@@ -396,12 +401,12 @@ def fail_in_rank(phase, fault, world, rng):
     call = rng.randint(1, 3) if phase in ('training', 'saving') else 1
     inside = [None, None]
     inside[rank] = partial(break_function, phase, fault, call)
-    pids, refused = start_ranks(folder, inside), []
+    children, refused = start_ranks(folder, inside), []
     where = f'rank {rank}, call {call}'
     try:
-        other = wait(pids[1-rank], folder, f'rank{1-rank}')
-        if fault == 'stop': os.kill(pids[rank], signal.SIGKILL)
-        own = wait(pids[rank], folder, f'rank{rank}')
+        other = wait(children[1-rank])
+        if fault == 'stop': os.kill(children[rank].pid, signal.SIGKILL)
+        own = wait(children[rank])
         refused = [refusal(other)] + ([refusal(own)] if fault == 'error' or own.code >= 0 else [])
         again = run_ranks(folder)
         if any(e.code for e in again): raise Failure(f'both again: {again}')
