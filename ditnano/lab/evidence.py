@@ -186,13 +186,15 @@ def publish_figure_records(
     frames,   # Rows that were drawn, or a list of such
     out,      # Folder of figures
     name:str, # Of the table or figure
+    parts:dict=None, # Name of a part of it -> folders of the runs behind that part
 )->int: # Number of records
     "Copy the records behind a figure, those of the latencies too, to its evidence, and list them by hash."
     frames, evidence = [frames] if isinstance(frames, pd.DataFrame) else frames, Path(out)/'evidence'
     folders = {f for frame in frames for c in ('folder','latency_folder') if c in frame for f in frame[c].dropna()}
     kept = sorted({publish(f, evidence) for f in folders})
     records = {k.name:record_hash(read_result(k)) for k in kept}
-    write_json(evidence/'drawn'/f'{name}.json', {'name':name, 'records':records})
+    listed = {k:sorted({Path(f).name for f in v}) for k,v in (parts or {}).items()}
+    write_json(evidence/'drawn'/f'{name}.json', {'name':name, 'records':records} | ({'parts':listed} if parts else {}))
     return len(kept)
 
 # %% ../../nbs/lab/06_evidence.ipynb #dd00ce5a
