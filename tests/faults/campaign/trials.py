@@ -297,16 +297,16 @@ def can_mount():
 def full_disk(name, world, rng):
     "A disk that is full after so many bytes; then there is room."
     good, begin = world.finished(name), world.fresh(name)
-    used, grown = (sum(p.stat().st_size+4096 for p in f.rglob('*')) for f in (begin, good.folder))
+    used, grown = (sum(-(-p.stat().st_size//4096) for p in f.rglob('*') if p.is_file()) for f in (begin, good.folder))
     disk = begin.with_name(f'{begin.name}-disk')
     disk.mkdir()
-    size = used+65536+int((grown-used)*rng.random())
+    size = 4096*(used+8+int((grown-used)*rng.random()))
     subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', disk], check=True)
     try:
         folder = disk/'trial'
         shutil.copytree(begin, folder)
         try: refused = refusal(world.run(folder, name), NAMED)
-        except Failure as e: raise Failure(f'{size-used} bytes on the disk: {e}') from None
+        except Failure as e: raise Failure(f'{size-4096*used} bytes on the disk: {e}') from None
         subprocess.run(['mount', '-o', f'remount,size={size+(1<<28)}', disk], check=True)
         world.again(folder, name)
         return 'refused' if refused else 'survived'
