@@ -171,7 +171,7 @@ def _write_shard(out, tensors, lo, hi, **facts):
             **facts}
 
 # %% ../nbs/24_pairs.ipynb #2413f478
-_ENTRIES = {'recipe','layout','seeds','shards','sha256'}   # manifests of earlier versions have no sha256
+_ENTRIES = {'recipe','layout','seeds','shards'}
 
 def _write_manifest(out, m): write_json(out/'manifest.json', m | {'sha256':own_hash(m)})
 
@@ -184,7 +184,8 @@ def read_manifest(
         raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_get_pairs")
     try:
         m = read_json(path)
-        if not set(m)<=_ENTRIES or m.get('sha256', own_hash(m))!=own_hash(m):
+        own = m.pop('sha256', None)   # manifests of earlier versions have none
+        if not set(m)<=_ENTRIES or own not in (None, own_hash(m)):
             raise ValueError(f"{path}: damaged or altered; expected the entries that hash to its sha256")
         m['recipe']['teacher']['sha256'], m['layout']['shard'], m['seeds'][1]
         [(s['file'], s['seeds'][1], s['bytes'], s['sha256']) for s in m['shards']]
