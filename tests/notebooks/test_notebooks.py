@@ -2,10 +2,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -15,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
 LIMIT = 480  # seconds for one notebook; library chapters are meant to take 20, experiments 60
 
-SERVER = [sys.executable, str(Path(__file__).with_name('notebook_server.py'))]
+RUN = ROOT/'tests'/'run_notebook.py'
 
 
 def order(path):
@@ -46,69 +42,24 @@ def sandbox(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sandbox')
     evidence = ROOT/'paper_figures'/'evidence'
     if evidence.is_dir(): shutil.copytree(evidence, folder/'paper_figures'/'evidence')
-    return {**os.environ, 'DITNANO_RUNS': str(folder/'runs'), 'DITNANO_FIGURES': str(folder/'paper_figures')}
+    return {'DITNANO_RUNS': str(folder/'runs'), 'DITNANO_FIGURES': str(folder/'paper_figures')}
 
 
-class Processes:
-    "One new process for each notebook, where there is no fork that can be relied on."
-    def start(self, notebook, cwd, env, output):
-        with output.open('w') as out:
-            self.process = subprocess.Popen([*SERVER, *notebook], cwd=cwd, env=env, stdout=out, stderr=out)
-
-    def wait(self): return self.process.wait()
-    def kill(self): self.process.kill()
-    def close(self): pass
-
-
-class Server:
-    "A process that has imported the libraries, and forks for each notebook."
-    def __init__(self):
-        self.process = subprocess.Popen(SERVER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def read(self, key): return json.loads(self.process.stdout.readline())[key]
-
-    def start(self, notebook, cwd, env, output):
-        job = {'notebook': notebook, 'cwd': str(cwd), 'env': env, 'output': str(output)}
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        self.pid = self.read('pid')
-
-    def wait(self): return self.read('status')
-    def kill(self): os.killpg(self.pid, signal.SIGKILL)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@pytest.fixture(scope='session')
-def server():
-    server = Server() if sys.platform == 'linux' else Processes()
-    yield server
-    server.close()
-
-
-def run_notebook(server, path, skip, force, cwd, env, output):
-    "Exit status and output of a notebook's process; None in place of a status when it took too long."
-    server.start([str(path), str(ROOT), skip, force], cwd, dict(env), output)
-    late = []
-    timer = threading.Timer(LIMIT, lambda: (late.append(path), server.kill()))
-    timer.start()
-    status = server.wait()
-    timer.cancel()
-    return None if late else status, output.read_text(errors='replace')
+def run(programs, path, skip, force='', env=None):
+    "Exit status and output of a notebook's process."
+    done = programs.run(RUN, path, ROOT, skip, force, env=env, cwd=path.parent, timeout=LIMIT)
+    return done.returncode, done.stdout+done.stderr
 
 
 @pytest.mark.parametrize('path', list(notebooks()))
-def test_notebook(path, sandbox, server, tmp_path):
+def test_notebook(path, sandbox, programs):
     "Set DITNANO_TEST_FLAGS='slow' (or 'slow cuda') to run the flagged cells too."
-    forced = os.environ.get('DITNANO_TEST_FLAGS', '')
-    status, said = run_notebook(server, path, skip_flags(), forced, path.parent, sandbox, tmp_path/'output.txt')
-    if status is None: pytest.fail(f'{path.name}: not done after {LIMIT} s\n{said[-4000:]}', pytrace=False)
+    status, said = run(programs, path, skip_flags(), os.environ.get('DITNANO_TEST_FLAGS', ''), sandbox)
     if status: pytest.fail(f'{path.relative_to(ROOT)}\n{said[-8000:]}', pytrace=False)
 
 
-@pytest.mark.parametrize('runner', ['server', 'process'])
-def test_a_failing_notebook_fails(tmp_path, server, runner):
+@pytest.mark.parametrize('how', ['programs', 'new_programs'])
+def test_a_failing_notebook_fails(tmp_path, how, request):
     "The runner itself: a wrong cell must be reported, with its source, and the next notebook still runs."
     kernel = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
     for name, source, expected in (('bad', 'wrong = 1\nassert wrong == 2', 1), ('good', 'right = 2', 0)):
@@ -117,7 +68,6 @@ def test_a_failing_notebook_fails(tmp_path, server, runner):
               'nbformat_minor': 5}
         path = tmp_path/f'{name}.ipynb'
         path.write_text(json.dumps(nb))
-        used = server if runner == 'server' else Processes()
-        status, said = run_notebook(used, path, 'slow', '', tmp_path, os.environ, tmp_path/f'{name}.txt')
+        status, said = run(request.getfixturevalue(how), path, 'slow')
         assert status == expected
         assert not status or ('AssertionError' in said and 'wrong == 2' in said)
