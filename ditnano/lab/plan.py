@@ -13,12 +13,13 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from ..config import DiTConfig, Scale, TrainConfig
+from ..config import DiTConfig, Scale, TrainConfig, UNetConfig
 from .evidence import evidence_folders
 from .execute import run_label
 from .experiments import EXPERIMENTS, as_student, assistant_config, experiment_configs, scale_content
 from .runs import Run, read_result
 from ..principles import count_flops, count_params
+from ..repro import pick_device
 
 # %% ../../nbs/lab/12_plan.ipynb #9ef905e6
 def _seconds_per_image(step, batch, device, repeats=2):
@@ -99,7 +100,6 @@ def measure_rates(
     "What one process reaches here, with one thread on a CPU."
     import torch
 
-    from ditnano.repro import pick_device
     device, threads = pick_device(device), torch.get_num_threads()
     if device.type=='cpu': torch.set_num_threads(1)
     rates = dict(loss=0., teacher=0., extractors=0.)
@@ -120,7 +120,6 @@ def teacher_flops(
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ditnano.config import UNetConfig
     from ditnano.edm import EDMPrecond, load_teacher
     from ditnano.unet import SongUNet
     try: net = load_teacher(name)
