@@ -269,13 +269,14 @@ def summarize_plan(
     total, left = (sum(r['hours'] for r in some)*factor for some in (rows, todo))
     pairs = scale.pairs*(2*scale.teacher_steps-1)*rates['teacher']/3600
     how = f', scaled by {factor:.2f} as {len(done)} finished runs took' if len(done)>2 else ''
-    lines = [f"{len(todo)} of {len(rows)} runs to do: {format_duration(3600*left)} of one process{how}; with {cores} processes of "
-             f"one thread {format_duration(3600*left/cores)}",
-             f"all {len(rows)} runs: {format_duration(3600*total/cores)} with {cores} processes; {scale.pairs:,} pairs of "
-             f"{scale.teacher}: {format_duration(3600*pairs/cores)}"]
+    def hours(x): return format_duration(3600*x)
+    lines = [f"{len(todo)} of {len(rows)} runs to do: {hours(left)} of one process{how}; with {cores} processes of one "
+             f"thread {hours(left/cores)}",
+             f"all {len(rows)} runs: {hours(total/cores)} with {cores} processes; {scale.pairs:,} pairs of "
+             f"{scale.teacher}: {hours(pairs/cores)}"]
     if done:
-        lines.append(f"recorded: {format_duration(3600*recorded)} for {len(done)} finished runs, for which {format_duration(3600*expected)} were "
-                     f"expected")
+        lines.append(f"recorded: {hours(recorded)} for {len(done)} finished runs, for which {hours(expected)} were "
+                     "expected")
     return '\n'.join(lines)
 
 # %% ../../nbs/lab/09_plan.ipynb #85bbbd4a
