@@ -551,7 +551,13 @@ def paper(
     for stage, notebooks in _stages(scale, _notebooks(only)):
         made += run_notebooks(notebooks, stage, runs=runs or '', out=out or '', force=force)
     skipped, seconds = sum(m['skipped'] for m in made), sum(m['seconds'] for m in made)
-    print(f"{len(made)-skipped} notebooks run, {skipped} unchanged, {seconds:.0f} s; see {out or 'paper_figures'}/")
+    page = _write_page(out) if any(p.parent.name=='paper' for p in _notebooks(only)) else ''
+    print(f"{len(made)-skipped} notebooks run, {skipped} unchanged, {seconds:.0f} s; see "
+          f"{out or 'paper_figures'}/{page}")
+
+def _write_page(out):
+    from ditnano.lab.report import write_report
+    return write_report(out or '').name
 
 # %% ../nbs/50_cli.ipynb #30f4db82
 def _notebooks(only):

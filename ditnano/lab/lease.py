@@ -30,6 +30,7 @@ from .packs import Packs, folder_members, take_packs
 from .plan import GPU_RATE, measure_rates, missing_requirements, run_cost
 from .preflight import preflight, training_rate
 from .runs import Run, read_result, run_once
+from ..metrics import card, evaluate, reference_set
 from ..pairs import PairDataset, ensure_pairs
 from ditnano.repro import (
     cache_dir,
@@ -43,6 +44,7 @@ from ditnano.repro import (
     weights_dir,
     write_json,
 )
+from ..sampling import save_grid
 from ..state import Progress
 
 # %% ../../nbs/lab/13_lease.ipynb #b9c27ff6
@@ -372,8 +374,6 @@ def teacher_evaluation(
     device='auto',     # Where
 )->dict: # For `run_once`
     "A teacher's numbers by every extractor, before anything depends on it."
-    from ditnano.metrics import card, evaluate, reference_set
-    from ditnano.sampling import save_grid
     _, x, y = pairs.batch(range(len(pairs)))
     images, real, n = to_bytes(x), reference_set(scale.data), len(pairs)
     numbers = evaluate(images, y, real, scale.judges, loss=None, device=device)
