@@ -1,13 +1,16 @@
 "Leases that are killed, slow or continued; a clock that the test drives passes the time, and one small lease is real."
 import errno
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ditnano.config import Scale
 from ditnano.dit import DiT, randomize_weights
@@ -24,12 +27,15 @@ from ditnano.lab.lease import (
     run_lease,
     summarize_missing,
 )
+from ditnano.lab.notebooks import run_notebook
 from ditnano.lab.packs import Packs, read_pack, take_packs
 from ditnano.lab.runs import Run, collect, run_once
 
+ROOT = Path(__file__).resolve().parents[2]
+NO_MODELS = {'models': [], 'students': []}
 NOTHING = {'losses': {'losses': ['L2'], 'setups': []}, 'depth': {'depths': []}, 'width': {'widths': []},
            'heads': {'heads': []}, 'ta': {'assistant': [1, 32, 4], 'settings': []}, 'mi1': {'mappings': []},
-           'get_baseline': {'models': [], 'students': []}, 'mlp_ratio': {'ratios': []},
+           'get_baseline': NO_MODELS, 'mlp_ratio': {'ratios': []},
            'layer_heads': {'layouts': []}, 'steps': {'steps': []}}
 DESIGNS = [[1, 128, 8], [2, 96, 8], [5, 64, 4], [5, 64, 8], [9, 48, 6], [21, 32, 4]]
 DIGITS = Scale(name='smoke', pairs=400, images=256, batch=32, samples=40, loss='L2', precision='fp32',
@@ -333,12 +339,49 @@ def test_missing_packages_are_named_first(tmp_path):
     assert not (tmp_path/'out').exists()
 
 
+def bare(cwd, tree, *words, **env):
+    "The command where there is Python with torch, and nothing of ours but a tree on PYTHONPATH: no HOME, no cache."
+    ours = ('HOME', 'PYTHONPATH', *(k for k in os.environ if k.startswith(('DITNANO_', 'XDG_', 'GIT_'))))
+    env = {k: v for k, v in os.environ.items() if k not in ours} | {'PYTHONPATH': str(tree)} | env
+    done = subprocess.run([sys.executable, '-m', 'ditnano', *words], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout+done.stderr
+    return done.stdout
+
+
 def test_plan_from_an_empty_folder_without_home(tmp_path):
-    "No git, no HOME, nothing installed: PYTHONPATH alone."
-    env = {k: v for k, v in os.environ.items() if k not in ('HOME', 'DITNANO_CACHE', 'PYTHONPATH')}
-    root = Path(__file__).resolve().parents[2]
-    env |= {'PYTHONPATH': str(root), 'DITNANO_COMMIT': '0'*40}
-    command = [sys.executable, '-m', 'ditnano', 'lease', '--dry-run', '--minutes', '9']
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and 'preflight' in done.stdout and 'DiT (1, 128, 8)' in done.stdout, done.stderr
+    said = bare(tmp_path, ROOT, 'lease', '--dry-run', '--minutes', '9', DITNANO_COMMIT='0'*40)
+    assert 'preflight' in said and 'DiT (1, 128, 8)' in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_lease_of_a_bare_tree(tmp_path):
+    "No git, no HOME, not installed, an empty folder: the lease computes, and its packs are taken home."
+    tree, here = tmp_path/'tree', tmp_path/'here'
+    shutil.copytree(ROOT/'ditnano', tree/'ditnano', ignore=shutil.ignore_patterns('__pycache__'))
+    few = replace(TINY, experiments=NOTHING | {'sizes': {'designs': [[1, 32, 4]]}})
+    (tree/'few.yaml').write_text(yaml.safe_dump(json.loads(json.dumps(few.to_dict()))))
+    for folder in (here, tmp_path/'tmp'): folder.mkdir()
+    env, scale = {'TMPDIR': str(tmp_path/'tmp'), 'DITNANO_COMMIT': '0'*40}, str(tree/'few.yaml')
+    said = bare(here, tree, 'lease', '--scale', scale, '--minutes', '60', '--out', 'packs', '--device', 'cpu', **env)
+    assert 'DiT (1, 32, 4) L2' in said and 'bring it home: ditnano lease --take packs' in said
+    assert [p.name for p in here.iterdir()] == ['packs']
+    home = ('--runs', 'runs', '--weights', 'weights', '--evidence', 'evidence')
+    said = bare(here, tree, 'lease', '--scale', scale, '--take', 'packs', *home, **env)
+    assert 'scale smoke: 0 of ' in said and 'runs are missing' in said
+    code = [json.loads(p.read_text())['code'] for p in here.glob('evidence/*/result.json')]
+    assert code and all((c['commit'], c['dirty']) == ('0'*40, None) for c in code)
+
+
+@pytest.mark.slow
+def test_a_table_is_drawn_from_a_killed_lease(tmp_path):
+    "Shapes that were finished have their numbers in Table 2, and the others are named as missing."
+    simulate(tmp_path, MortalClock(75))
+    take_packs(tmp_path/'out', tmp_path/'runs', tmp_path/'weights', tmp_path/'evidence')
+    (tmp_path/'digits.yaml').write_text(yaml.safe_dump(json.loads(json.dumps(DIGITS.to_dict()))))
+    parameters = {'scale': str(tmp_path/'digits.yaml'), 'runs': str(tmp_path/'evidence'), 'out': str(tmp_path/'drawn')}
+    run_notebook(ROOT/'nbs'/'paper'/'table_2.ipynb', tmp_path/'table_2.ipynb', parameters, bar=False)
+    table = (tmp_path/'drawn'/'table_2.md').read_text()
+    finished = collect(tmp_path/'evidence').query("kind == 'distill'")['FD-digitsnet']
+    assert 0 < len(finished) < 6 and 'FD-digitsnet' in table and 'scale smoke' in table
+    assert sum(f'{fd:.2f}' in table for fd in finished) == len(finished)
