@@ -1252,6 +1252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'ditnano.lab.lease.by_priority': ('lab/lease.html#by_priority', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.check_requirements': ('lab/lease.html#check_requirements', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.describe_lease': ('lab/lease.html#describe_lease', 'ditnano/lab/lease.py'),
+                                   'ditnano.lab.lease.describe_rates': ('lab/lease.html#describe_rates', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.halve_weights': ('lab/lease.html#halve_weights', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.lease': ('lab/lease.html#lease', 'ditnano/lab/lease.py'),
                                    'ditnano.lab.lease.missing_runs': ('lab/lease.html#missing_runs', 'ditnano/lab/lease.py'),

@@ -621,11 +621,11 @@ def lease(
     Example: ditnano lease --take packs/
     """
     from ditnano.lab.evidence import evidence_folders
-    from ditnano.lab.lease import describe_lease, lease, plan_lease, take_home
+    from ditnano.lab.lease import describe_lease, describe_rates, lease, plan_lease, take_home
     from ditnano.lab.packs import parse_size
     s = load_scale(scale)
     done = [evidence] if evidence else evidence_folders(out or '')
-    if dry_run: return print(describe_lease(plan_lease(s, minutes, roots=done)))
+    if dry_run: return print(describe_rates(), describe_lease(plan_lease(s, minutes, roots=done)), sep='\n')
     if take and not out: return print(take_home(s, take, runs or runs_dir(), weights, evidence))
     if not out: raise ValueError("out: none; expected --out, a folder for the packs, or --take")
     lease(s, _minutes_left(minutes, minutes), out, take, device, parse_size(pack_size), packs, done)

@@ -6,8 +6,8 @@
 __all__ = ['TEACHER_SHARE', 'MAX_TEACHER_SHARE', 'MIN_TEACHER_PART', 'SAFETY', 'MAX_FAILURES', 'ASSUMED', 'SimulatedClock',
            'Schedule', 'describe_lease', 'teacher_images', 'run_lease', 'by_priority', 'missing_runs',
            'summarize_missing', 'LeaseFolder', 'MachineWork', 'TeacherWork', 'PairsWork', 'LeaseWork',
-           'teacher_evaluation', 'halve_weights', 'AssumedWork', 'check_requirements', 'lease', 'plan_lease',
-           'take_home']
+           'teacher_evaluation', 'halve_weights', 'describe_rates', 'AssumedWork', 'check_requirements', 'lease',
+           'plan_lease', 'take_home']
 
 # %% ../../nbs/lab/13_lease.ipynb #50965656
 import gc
@@ -396,6 +396,12 @@ def halve_weights(
 ASSUMED = {'preflight':15., 'rates':10.,         # Seconds
            'teacher':5_000., 'pairs':800.,       # Images/s in training, and of sampling
            'loss':3e-5, 'extractors':2e-4}       # Seconds for an image
+
+def describe_rates()->str: # One line
+    "What a plan assumes of the machine."
+    return (f"assumed of a data-centre GPU, not measured: {ASSUMED['teacher']:,.0f} images/s of the teacher's training, "
+            f"{ASSUMED['pairs']:,.0f} pairs/s, {GPU_RATE/1e12:.3g} TFLOP/s of a student, "
+            f"{1/ASSUMED['loss']:,.0f} images/s of the loss, {1/ASSUMED['extractors']:,.0f} of the feature extractors")
 
 class AssumedWork:
     "A lease in which every part takes the assumed time of a data-centre GPU."

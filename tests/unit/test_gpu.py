@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ditnano.config import DiTConfig, TrainConfig, UNetConfig
-from ditnano.dit import DiT, randomize_weights
 from ditnano.distill.base import GETRecipe
+from ditnano.dit import DiT, randomize_weights
 from ditnano.images import load_images
 from ditnano.lab.artefacts import DenoiseTask
 from ditnano.lab.preflight import RandomPairs
