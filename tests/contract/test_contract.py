@@ -382,6 +382,7 @@ def test_digits():
     with pytest.raises(ValueError, match='digits32'): load_images('imagenet')
 
 
+@pytest.mark.slow
 def test_cifar10_where_it_is():
     from ditnano.images import load_images
     try: data = load_images('cifar10')
