@@ -12,8 +12,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import yaml
 from driver import Command, Failure, Trial, await_descendants, compare, on_file_event, refusal, result, start, wait
+from PIL import Image
 
 SCALE = """\
 name: tiny
@@ -56,6 +58,10 @@ def prepare(folder):
     for name, width in (('student', 32), ('assistant', 16)):
         randomize_weights(DiT(DiTConfig(1, width, 4))).save_pretrained(folder/name)
     (folder/'pictures').mkdir()
+    noise = np.random.default_rng(0)
+    for name in [f'{c}/{k}.png' for c in ('cat', 'dog') for k in range(8)]:
+        (folder/'photos'/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (32, 32, 3), np.uint8)).save(folder/'photos'/name)
     (folder/'tiny.yaml').write_text(SCALE+NOTHING)
     (folder/'two.yaml').write_text(SCALE.replace('4]]', '4], [1, 32, 2]]').replace('tiny', 'two')+NOTHING)
 
@@ -90,6 +96,8 @@ COMMANDS = {
     'eval': Command('eval --weights student --samples 24 --out eval.json --device cpu', result=('eval.json', '.*.tmp')),
     'eval again': Command('eval --weights student --samples 24 --out again.json --device cpu', after='eval',
                           result=('again.json',)),
+    'photos': Command('eval --weights student --data photos --samples 24 --out photos.json --device cpu',
+                      result=('photos.json', 'cache/images/.*')),
     'onnx': Command('export --weights student --out student.onnx', result=('student.onnx', '.*.tmp')),
     'c': Command('export --weights student --format c --out code', result=('code/*',)),
     'bundle': Command('export --weights student --bundle bundle', result=('bundle/*', '.*.tmp')),
@@ -111,7 +119,8 @@ COMMANDS = {
 KILLS = {  # command: (trials in the small campaign, in the whole one)
     'pairs': (3, 18), 'pairs continued': (0, 6), 'train': (6, 30), 'train mi1': (0, 6), 'train ta': (0, 6),
     'sample': (3, 12), 'sample npy': (1, 6), 'sample safetensors': (1, 6), 'sheet': (0, 4), 'eval': (1, 6),
-    'onnx': (1, 6), 'bundle': (0, 3), 'native': (0, 4), 'c': (0, 3), 'sweep': (2, 14), 'sweep in processes': (0, 6),
+    'photos': (0, 6), 'onnx': (1, 6), 'bundle': (0, 3), 'native': (0, 4), 'c': (0, 3), 'sweep': (1, 14),
+    'sweep in processes': (0, 6),
     'take': (0, 8), 'lease': (0, 6), 'paper': (0, 4),
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -159,6 +168,7 @@ FILES = {  # what: (command that left it, its file, the command that reads it, n
     'checkpoint': ('half a training', 'run/state.safetensors', 'training resumed', ()),
     'history': ('half a training', 'run/history.jsonl', 'training resumed', ()),
     'image cache': ('eval', 'cache/images/*', 'eval again', ()),
+    'photo': ('', 'photos/*/*.png', 'photos', ()),
     'statistics': ('eval', 'cache/stats/*', 'eval again', ()),
     'record': ('sweep', 'runs/*/result.json', 'sweep again', ()),
     'config of a run': ('sweep', 'runs/*/config.json', 'sweep again', ()),
@@ -169,7 +179,7 @@ FILES = {  # what: (command that left it, its file, the command that reads it, n
     'scale': ('eval', 'tiny.yaml', 'scale', ()),
     'pack': ('lease', 'packs/*.tar', 'take', ()),
 }
-SLOW_FILES = ('pack', 'compiled code', 'hash of compiled code', 'assistant', 'manifest, continued')
+SLOW_FILES = ('pack', 'photo', 'compiled code', 'hash of compiled code', 'assistant', 'manifest, continued')
 MANY = 10   # Trials of each kind of damage in the whole campaign
 
 
