@@ -877,6 +877,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'ditnano/interop/pictures.py'),
                                           'ditnano.interop.pictures._is_picture': ( 'interop/pictures.html#_is_picture',
                                                                                     'ditnano/interop/pictures.py'),
+                                          'ditnano.interop.pictures._label_columns': ( 'interop/pictures.html#_label_columns',
+                                                                                       'ditnano/interop/pictures.py'),
                                           'ditnano.interop.pictures._labelled': ( 'interop/pictures.html#_labelled',
                                                                                   'ditnano/interop/pictures.py'),
                                           'ditnano.interop.pictures._open_datasets': ( 'interop/pictures.html#_open_datasets',
