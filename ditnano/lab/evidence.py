@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MUST_BE_SINGLE', 'MAY_VARY', 'DEFAULT_STUDENT', 'SCALES', 'MACHINE_KINDS', 'EXPERIMENT_FILTERS', 'TIMED_SIZE',
-           'LATENCY_COLUMNS', 'NOT_RUN', 'NOT_MEASURED', 'provenance_line', 'select_runs', 'distances', 'scores',
-           'rows_of', 'best_scale', 'evidence_folders', 'load_runs', 'publish_figure_records', 'with_latency',
+           'TIMED_BATCH', 'LATENCY_COLUMNS', 'NOT_RUN', 'NOT_MEASURED', 'provenance_line', 'select_runs', 'distances',
+           'scores', 'rows_of', 'best_scale', 'evidence_folders', 'load_runs', 'publish_figure_records', 'with_latency',
            'latency_heading', 'latency_note', 'aggregate_seeds', 'join_paper']
 
 # %% ../../nbs/lab/06_evidence.ipynb #1af17b63
@@ -186,17 +186,19 @@ def publish_figure_records(
     frames,   # Rows that were drawn, or a list of such
     out,      # Folder of figures
     name:str, # Of the table or figure
+    parts:dict=None, # Name of a part of it -> folders of the runs behind that part
 )->int: # Number of records
     "Copy the records behind a figure, those of the latencies too, to its evidence, and list them by hash."
     frames, evidence = [frames] if isinstance(frames, pd.DataFrame) else frames, Path(out)/'evidence'
     folders = {f for frame in frames for c in ('folder','latency_folder') if c in frame for f in frame[c].dropna()}
     kept = sorted({publish(f, evidence) for f in folders})
     records = {k.name:record_hash(read_result(k)) for k in kept}
-    write_json(evidence/'drawn'/f'{name}.json', {'name':name, 'records':records})
+    listed = {k:sorted({Path(f).name for f in v}) for k,v in (parts or {}).items()}
+    write_json(evidence/'drawn'/f'{name}.json', {'name':name, 'records':records} | ({'parts':listed} if parts else {}))
     return len(kept)
 
 # %% ../../nbs/lab/06_evidence.ipynb #dd00ce5a
-TIMED_SIZE = 32  # Pixels on a side of the images of the paper's latencies, and of ours
+TIMED_SIZE, TIMED_BATCH = 32, 128  # Pixels on a side of the images, and images at once, of the paper's and our latencies
 _SETTINGS = ('batch','batches','guidance','precision','backend','attention','size')
 LATENCY_COLUMNS = ['seconds_50k','p50_ms','p90_ms','p99_ms', *(f'latency_{k}' for k in _SETTINGS), 'card']
 
@@ -212,12 +214,15 @@ def with_latency(
     guidance:float=1.5,   # Timed with this guidance; 1 is off
     precision:str='fp32', # Timed at this precision
     size:int=TIMED_SIZE,  # Timed at this image size
+    batch:int=TIMED_BATCH, # Timed with so many images at once
 )->pd.DataFrame: # `ours` with the columns of the timing and `latency_folder`; empty where no run timed the design
     "Join each student with the latency of its design, all of one machine."
     design = ['depth','width','heads',*(c for c in DEFAULT_STUDENT if c in ours and c in found)]
-    wanted = dict(kind='latency', latency_guidance=guidance, latency_precision=precision, latency_size=size)
+    wanted = dict(kind='latency', latency_guidance=guidance, latency_precision=precision, latency_size=size,
+                  latency_batch=batch)
     fits = found.reindex(columns=list(dict.fromkeys([*found,*wanted,*LATENCY_COLUMNS,'folder','live'])))
-    fits = fits.assign(latency_size=fits.latency_size.fillna(TIMED_SIZE), live=fits.live.eq(True))
+    fits = fits.assign(latency_size=fits.latency_size.fillna(TIMED_SIZE), live=fits.live.eq(True),
+                       latency_batch=fits.latency_batch.fillna(TIMED_BATCH))
     for c,v in wanted.items(): fits = fits[fits[c]==v]
     fits = fits.merge(ours[design].drop_duplicates(), on=design)
     fits = fits.sort_values(['live','latency_batches'], kind='stable').drop_duplicates([*design,'card'], keep='last')
