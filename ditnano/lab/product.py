@@ -426,7 +426,8 @@ class Product:
         self.log(f'{where}: {STAGES[stage]}; about {seconds/60:.1f} min')
         start = time.monotonic()
         facts = work(self, seconds) or {}
-        self.plan.note(stage, seconds=round(time.monotonic()-start, 1), **facts)
+        before = self.plan.stage(stage).get('seconds', 0)   # of exports that were made earlier
+        self.plan.note(stage, seconds=round(before+time.monotonic()-start, 1), **facts)
 
     def missing_exports(self)->list:
         "Files that are still to be written; what lacked a tool is tried again."
@@ -449,9 +450,10 @@ class Product:
 def make_teacher(
     p:Product,     # In progress
     seconds:float, # For the stage
-):
+)->dict: # As `plan_teacher`
     "A teacher in `teacher/`."
-    train_teacher(p.data, p.out/'teacher', seconds, seed=p.seed, device=p.device, log=p.log)
+    out = train_teacher(p.data, p.out/'teacher', seconds, seed=p.seed, device=p.device, log=p.log)
+    return read_json(out/'plan.json')['stages']['teacher']
 
 def _draw_pairs(p, count, log=None):
     gpu = pick_device(p.device).type=='cuda'
@@ -616,8 +618,8 @@ def _frames(p):
 def _copying(p):
     near = p.plan.stage('evaluation')['nearness']
     if near is None: return 'There are too few pictures to hold some out, so only the sheet shows whether it copies.'
-    return (f'Samples lie {near:.2f} times as far from their nearest training picture as held-out pictures do; far below '
-            'one would mean copies.')
+    return (f'Samples lie {near:.2f} times as far from their nearest training picture as held-out pictures do.\n'
+            'Far below one would mean copies.')
 
 # %% ../../nbs/lab/14_product.ipynb #f05299f0
 CARD = """# {name}
@@ -635,12 +637,15 @@ A one-step diffusion transformer (arXiv 2502.14226) for {size}x{size} pictures, 
 {reached}
 
 Lower is better. Below 5,000 images a Frechet distance (FD) is mostly bias, so compare it with the value of real pictures
-beside it; the kernel distance (KD) has no such bias. {judges}
+beside it; the kernel distance (KD) has no such bias.
+{judges}
 
 ![Samples, one class a row](samples.png)
 
-Rows, from the top: {classes}. Seeds from {seed:,} on, guidance {guidance:g}. Nobody has looked at these samples yet: add
-what they show, failures included.
+Rows, from the top: {classes}.
+
+Seeds from {seed:,} on, guidance {guidance:g}. Nobody has looked at these samples yet: add what they show, failures
+included.
 
 ![Samples, each beside its three nearest training pictures](nearest.png)
 
@@ -667,9 +672,9 @@ images = sample(DiT.from_pretrained('student'), seeds=range(10), guidance={guida
 
 ## Choices
 
-The budget decides the design by the paper's rules. Guidance {guidance:g} {why}. The loss is the best that was on the
-machine. Sample *k* depends on seed *k* alone. `loss.png` shows the training, `plan.json` all that was chosen and
-measured; `work/` holds pairs and may be removed.
+The budget decides the design by the paper's rules. Guidance {guidance:g} {why}.
+The loss is the best that was on the machine. Sample *k* depends on seed *k* alone. `loss.png` shows the training,
+`plan.json` all that was chosen and measured; `work/` holds pairs and may be removed.
 """
 
 # %% ../../nbs/lab/14_product.ipynb #372dab80
@@ -681,7 +686,7 @@ def product_card(
 )->str: # Markdown with a YAML head
     "The product's page, in the form of the Hub."
     (rows, real), e, shape = _reached(p), p.plan.stage('evaluation'), tuple(p.data.images.shape[1:])
-    classes = [f'{k+1} {_escape(c)}' for k,c in enumerate(p.data.classes[:20])]
+    classes = [_escape(c) for c in p.data.classes[:20]]
     judges = f"Features are those of {' and '.join(e['extractors'])}, which the loss did not use."
     if e['extractors']==['cifarnet'] and not p.data.name.startswith('cifar10'):
         judges += " That is a classifier of CIFAR-10's ten classes: pip install 'ditnano[judges]' brings a better one."
