@@ -7,8 +7,8 @@ __all__ = ['VIEWS', 'PRESET_NEEDS', 'TEACHER_FILES', 'ENOUGH_IMAGES', 'MAX_REFER
            'MAX_PAIRS', 'EXPORTS', 'BACKENDS', 'CARD', 'HEAD', 'WORK', 'Plan', 'check_output', 'ProgressLines',
            'save_loss_curve', 'fit_in_view', 'teacher_config', 'denoiser_flops', 'choose_preset', 'fastest',
            'plan_teacher', 'teacher_task', 'train_teacher', 'teach', 'student_designs', 'default_loss', 'plan_student',
-           'choose_extractors', 'nearness', 'Product', 'make_teacher', 'draw_pairs', 'train_student',
-           'evaluate_student', 'export_student', 'product_card', 'distill']
+           'choose_extractors', 'nearness', 'Product', 'missing_exports', 'run_stage', 'make_teacher', 'draw_pairs',
+           'train_student', 'evaluate_student', 'export_student', 'product_card', 'distill']
 
 # %% ../../nbs/lab/14_product.ipynb #bcff9a22
 import shutil
@@ -35,6 +35,8 @@ from .artefacts import DenoiseTask, TrainingRecipe, denoiser_config, sample_teac
 from .experiments import EVAL_SEED
 from .lease import SAFETY, training_rate
 from ..latency import frame_time
+
+# %% ../../nbs/lab/14_product.ipynb #060f3bbd
 from ..losses import BACKBONES, backbone_hash
 from ditnano.metrics import (
     available_extractors,
@@ -75,7 +77,8 @@ class Plan:
         for k in before['settings'] | settings:
             old, new = (s.get(k) for s in (before['settings'], settings))
             if old==new: continue
-            raise ValueError(f"{folder}: made with {k}={old}, asked for {k}={new}; expected the same, or another folder")
+            raise ValueError(f"{folder}: made with {k}={old}, asked for {k}={new}; "
+                             "expected the same, or another folder")
         self.content = before
 
     def stage(self, name:str)->dict:
@@ -384,6 +387,8 @@ STAGES = {'teacher':'a denoiser learns the pictures', 'pairs':'the teacher draws
           'exports':'files for other runtimes, each compared with the student'}
 PILOT, MAX_PAIRS = 32, 50_000 # Pairs that measure the rate; most pairs
 
+
+# %% ../../nbs/lab/14_product.ipynb #663329c5
 @dataclass
 class Product:
     "A product that grows in a folder."
@@ -417,23 +422,6 @@ class Product:
         left = self.seconds-sum(self.plan.stage(s).get('seconds', 0) for s in self.stages)
         return max(left*SHARES[stage]/sum(SHARES[s] for s in later), self.seconds*SHARES[stage]/3)
 
-    def run(self, stage:str, work:Callable):
-        "Do a stage, unless it is done."
-        where = f'{self.stages.index(stage)+1}/{len(self.stages)} {stage}'
-        done = 'seconds' in self.plan.stage(stage) and not (stage=='exports' and self.missing_exports())
-        if done: return self.log(f'{where}: done before')
-        seconds = self.share(stage)
-        self.log(f'{where}: {STAGES[stage]}; about {seconds/60:.1f} min')
-        start = time.monotonic()
-        facts = work(self, seconds) or {}
-        before = self.plan.stage(stage).get('seconds', 0)   # of exports that were made earlier
-        self.plan.note(stage, seconds=round(before+time.monotonic()-start, 1), **facts)
-
-    def missing_exports(self)->list:
-        "Files that are still to be written; what lacked a tool is tried again."
-        files = self.plan.stage('exports').get('files', {})
-        return [name for name in self.exports if 'file' not in files.get(name, {})]
-
     def teacher(self):
         "The teacher, given or made."
         return self.given or load_teacher(self.out/'teacher')
@@ -445,6 +433,30 @@ class Product:
     def student(self)->DiT:
         "The trained student."
         return DiT.from_pretrained(self.out/'student')
+
+# %% ../../nbs/lab/14_product.ipynb #ca9f8090
+def missing_exports(
+    p:Product, # In progress
+)->list: # Keys of `EXPORTS`
+    "Files that are still to be written; what lacked a tool is tried again."
+    files = p.plan.stage('exports').get('files', {})
+    return [name for name in p.exports if 'file' not in files.get(name, {})]
+
+def run_stage(
+    p:Product,      # In progress
+    stage:str,      # Key of `STAGES`
+    work:Callable,  # Called with the product and the seconds that it has; returns facts for the plan
+):
+    "Do a stage, unless it is done."
+    where = f'{p.stages.index(stage)+1}/{len(p.stages)} {stage}'
+    done = 'seconds' in p.plan.stage(stage) and not (stage=='exports' and missing_exports(p))
+    if done: return p.log(f'{where}: done before')
+    seconds = p.share(stage)
+    p.log(f'{where}: {STAGES[stage]}; about {seconds/60:.1f} min')
+    start = time.monotonic()
+    facts = work(p, seconds) or {}
+    before = p.plan.stage(stage).get('seconds', 0)   # of exports that were made earlier
+    p.plan.note(stage, seconds=round(before+time.monotonic()-start, 1), **facts)
 
 # %% ../../nbs/lab/14_product.ipynb #08b7c839
 def make_teacher(
@@ -503,9 +515,9 @@ def train_student(
         loss = p.loss or default_loss(p.data.name, p.device)
         facts = p.plan.note('student', **plan_student(pairs, p.designs, seconds, loss, p.seed, p.device))
     design, cfg = DiTConfig.from_dict(facts['design']), TrainConfig.from_dict(facts['train'])
-    p.log(f"student: {design.depth} layers of width {design.width} with {design.heads} heads, patches of {design.patch}, "
-          f"{count_params(design):,} parameters; {cfg.images:,} images, about {cfg.images/facts['rate']/60:.1f} min at "
-          f"{facts['rate']:,.0f} images/s in {cfg.precision}; {facts['loss']}")
+    shape = f"({design.depth}, {design.width}, {design.heads}), patches of {design.patch}"
+    p.log(f"student: {shape}, {count_params(design):,} parameters; {cfg.images:,} images, about "
+          f"{cfg.images/facts['rate']/60:.1f} min at {facts['rate']:,.0f} images/s in {cfg.precision}; {facts['loss']}")
     task = make_recipe('get', design, pairs, facts['loss'], p.seed)
     def show(model): _sheet(p, model, 4, p.out/'samples.png')
     state = fit_in_view(task, cfg, p.work/'student', show, p.out/'loss.png', 'student', p.device, p.log)
@@ -558,7 +570,7 @@ def export_student(
 )->dict: # files: name -> file, bytes and error, or why it was skipped; frames: rows of `latency.frame_time`
     "Every export that can be written here; what lacks a tool is skipped with a line."
     model, done = p.student(), p.plan.stage('exports').get('files', {})
-    for name in p.missing_exports():
+    for name in missing_exports(p):
         file, write = EXPORTS[name]
         try: made = write(model, p.out/file, p.guidance, p.out.resolve().name)
         except (ImportError, RuntimeError, ValueError, FloatingPointError) as e:
@@ -636,8 +648,8 @@ A one-step diffusion transformer (arXiv 2502.14226) for {size}x{size} pictures, 
 |---|---|---|
 {reached}
 
-Lower is better. Below 5,000 images a Frechet distance (FD) is mostly bias, so compare it with the value of real pictures
-beside it; the kernel distance (KD) has no such bias.
+Lower is better. Below 5,000 images a Frechet distance (FD) is mostly bias, so compare it with the value of real
+pictures beside it; the kernel distance (KD) has no such bias.
 {judges}
 
 ![Samples, one class a row](samples.png)
@@ -691,8 +703,8 @@ def product_card(
     if e['extractors']==['cifarnet'] and not p.data.name.startswith('cifar10'):
         judges += " That is a classifier of CIFAR-10's ten classes: pip install 'ditnano[judges]' brings a better one."
     why = 'exaggerates what the class adds' if p.guidance!=1 else 'is off: one class has nothing to exaggerate'
-    body = CARD.format(name=p.out.resolve().name, size=shape[-1], made=_rows(_made_of(p)), reached=_rows(rows), real=real,
-                       judges=judges, classes=', '.join(classes), seed=EVAL_SEED, guidance=p.guidance,
+    body = CARD.format(name=p.out.resolve().name, size=shape[-1], made=_rows(_made_of(p)), reached=_rows(rows),
+                       real=real, judges=judges, classes=', '.join(classes), seed=EVAL_SEED, guidance=p.guidance,
                        copying=_copying(p), files=_rows(_files(p)), frames=_rows(_frames(p)), why=why,
                        device=fingerprint(pick_device(p.device))['device_name'], shape=str(shape)[1:-1])
     return f"---\n{yaml.safe_dump(HEAD, sort_keys=False)}---\n\n{body}"
@@ -738,6 +750,8 @@ def _unseen(images, size, options):
     try: return load_images(images, 'test', size=size, **options)
     except ValueError: return None
 
+
+# %% ../../nbs/lab/14_product.ipynb #f2e4bf60
 def distill(
     images=None,        # A folder, zip, .npz, data set or name, as for `load_images`; default the digits of the package
     out='product',      # Folder of the product
@@ -764,7 +778,7 @@ def distill(
     p.seconds, p.device, p.log, p.exports = 60*minutes, device, log, tuple(exports)
     p.unseen = _unseen(images, data.images.shape[-1], options)
     with lock(out/'.lock', 0, f'product {out.name}'):
-        for stage in p.stages: p.run(stage, WORK[stage])
+        for stage in p.stages: run_stage(p, stage, WORK[stage])
         page = product_card(p)
         with atomic(out/'README.md') as tmp: tmp.write_text(page, encoding='utf-8')
         (p.work/'student'/'state.safetensors').unlink(missing_ok=True)
