@@ -107,12 +107,13 @@ def test_sanitizers_short_weights(precision, tmp_path): sanitized(SMALL, tmp_pat
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize('flag', ('-march=x86-64','-march=haswell'))
-def test_sanitizers_narrow_registers(flag, tmp_path):
+@pytest.mark.parametrize('flag,cfg', [('-march=haswell',SMALL), *(('-march=x86-64',c) for c in (SMALL,*ODD[:3],ODD[5]))],
+                         ids=lambda v: v if isinstance(v, str) else name(v))
+def test_sanitizers_narrow_registers(flag, cfg, tmp_path):
     known = run([*compiler(), flag, '-E', '-x', 'c', '/dev/null'], tmp_path)
     if known.returncode: pytest.skip('another processor')
     if 'haswell' in flag and 'avx2' not in Path('/proc/cpuinfo').read_text(): pytest.skip('this processor has no AVX2')
-    sanitized(SMALL, tmp_path, (flag,))
+    sanitized(cfg, tmp_path, (flag,))
 
 
 TEAM = r'''
