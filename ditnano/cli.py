@@ -416,6 +416,7 @@ def _print_quality(q):
 def bench(
     what:tyro.conf.Positional[Literal['tables','sampling','frame','record','train','pairs','recipes']]='tables', # Timed
     students:tuple[Design,...]=((5, 64, 8), (7, 192, 12)), # Designs (tables takes the paper's)
+    models:tuple[Design,...]=(),    # GET models of record, as 6,256,4 for Table 5
     batch:int|None=None,       # Images at once; default 128 for sampling, 32 for training
     rounds:int=3,                   # Rounds of all sides; seconds for each recipe
     backends:str='eager,native,openvino', # Ways of sampling; also compiled, onnxruntime, tensorrt
@@ -435,11 +436,12 @@ def bench(
 
     Example: ditnano bench train --busy 1
 
-    frame times single guided images; record writes a latency of PyTorch as a record into the folder of runs.
+    frame times single guided images; record writes latencies of PyTorch as records into the folder of runs, as the
+    tables draw them: Table 5 needs guidance 1 and 1.5, and its GET model.
 
     Example: ditnano bench sampling --students 7,192,12 --backends native,openvino
 
-    Example: ditnano bench record --batch 1024 --precisions fp32,bf16 --device cuda
+    Example: ditnano bench record --students 7,192,12 --models 6,256,4 --guidance 1 --batch 1024 --device cuda
     """
     from ditnano.lab import bench as b
     ways, kinds = backends.split(','), precisions.split(',')
@@ -452,7 +454,7 @@ def bench(
     elif what=='recipes': rows = b.bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
     elif what=='frame': rows = b.bench_frames(students, ways, kinds, guided, device=device)
     elif what=='record':
-        rows = b.bench_records(students, runs_dir(), batch or 128, kinds, guided, device=device)
+        rows = b.bench_records(students, runs_dir(), batch or 128, kinds, guided, device=device, models=models)
     else:
         designs = b.TABLE_2 if what=='tables' else students
         rows = b.bench_tables(designs, ways, batch or 128, rounds, guided, kinds, device)
@@ -548,7 +550,13 @@ def paper(
     for stage, notebooks in _stages(scale, _notebooks(only)):
         made += run_notebooks(notebooks, stage, runs=runs or '', out=out or '', force=force)
     skipped, seconds = sum(m['skipped'] for m in made), sum(m['seconds'] for m in made)
-    print(f"{len(made)-skipped} notebooks run, {skipped} unchanged, {seconds:.0f} s; see {out or 'paper_figures'}/")
+    page = _write_page(out) if any(p.parent.name=='paper' for p in _notebooks(only)) else ''
+    print(f"{len(made)-skipped} notebooks run, {skipped} unchanged, {seconds:.0f} s; see "
+          f"{out or 'paper_figures'}/{page}")
+
+def _write_page(out):
+    from ditnano.lab.report import write_report
+    return write_report(out or '').name
 
 # %% ../nbs/50_cli.ipynb #30f4db82
 def _notebooks(only):

@@ -421,8 +421,8 @@ def share_of_limit(
 
 # %% ../nbs/42_latency.ipynb #89eceb5c
 def _runnable_sides(model, noise, guidance, keys, device):
-    "A call for each (back-end, precision) that can run here, and its images."
-    steps, images = {}, {}
+    "A call for each (back-end, precision) that can run here, its images, and whether it replays a recording."
+    steps, images, recorded = {}, {}, {}
     for key in keys:
         step, why = _try_backend(model, guidance, key, device, len(noise[0]))
         if step is None:
@@ -431,7 +431,8 @@ def _runnable_sides(model, noise, guidance, keys, device):
         given = [a.to(step.device) for a in noise]
         steps[key] = lambda step=step, given=given: step(*given)
         images[key] = [steps[key]() for _ in range(2)][-1].cpu()
-    return steps, images
+        recorded[key] = step.recorded()
+    return steps, images, recorded
 
 def bench_sampling(
     designs,                # DiTConfigs, of one step or several
@@ -450,7 +451,8 @@ def bench_sampling(
     for cfg in designs:
         model = randomize_weights(DiT(cfg), 1).to(pick_device(str(device))).eval()
         build_sampler(model, guidance, *plain)
-        steps, images = _runnable_sides(model, sample_inputs(range(batch), cfg)[:2], guidance, keys, device)
+        noise = sample_inputs(range(batch), cfg)[:2]
+        steps, images, recorded = _runnable_sides(model, noise, guidance, keys, device)
         taken = {k:[wall for wall,_ in v] for k,v in interleaved(steps, rounds, device, clock).items()}
         for key,seconds in taken.items():
             low, times, high = np.percentile(np.array(taken[plain])/np.array(seconds), [25,50,75]).tolist()
@@ -459,5 +461,6 @@ def bench_sampling(
             row |= {'rounds':rounds} | {f'p{p}_ms':1e3*float(np.percentile(seconds, p)) for p in (50,90,99)}
             row |= {'seconds_50k':row['p50_ms']*50/batch, 'times':times, 'low':low, 'high':high}
             row |= {'error':float(off.norm()/want.norm()), 'max_error':float(off.abs().max()/want.abs().max())}
+            row |= {'recorded':recorded[key]}
             rows.append(row)
     return rows

@@ -7,7 +7,7 @@ __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'no
            'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json', 'is_system_file',
            'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock', 'cache_dir', 'data_dir',
            'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir', 'list_models', 'pick_device',
-           'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
+           'to_device', 'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib
@@ -426,6 +426,15 @@ def pick_device(
     if kind not in available: raise ValueError(f"device {name!r}: expected auto, cpu, cuda or mps")
     if not available[kind]: raise RuntimeError(f"device {name!r} is not available; cpu is")
     return torch.device(name)
+
+# %% ../nbs/00_repro.ipynb #f3fec07f
+def to_device(
+    x:"torch.Tensor",      # Anywhere
+    device:"torch.device", # Where it is wanted
+)->"torch.Tensor": # The same tensor if it is there
+    "A tensor on a device; the way to a GPU leads through pinned memory, so that the program does not wait for it."
+    if device.type=='cuda' and x.device.type=='cpu': return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 # %% ../nbs/00_repro.ipynb #dc56e7a3
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ __all__ = ['REQUIRES', 'INSTALL', 'SUPPORTED_PRECISIONS', 'CHUNK', 'ENGINES', 'a
 # %% ../../nbs/deploy/03_engines.ipynb #b739cb70
 import importlib
 import importlib.util
+import warnings
 
 import numpy as np
 import torch
@@ -181,17 +182,22 @@ def cuda_graph(
     return graph.replay, out
 
 class CudaGraphModule:
-    "A function of tensors that is captured at the first call of each shape, and replayed from then on."
+    "A function of tensors, captured at the first call of each shape and replayed; where that fails, a warning says so."
     def __init__(self,
         fn,                 # From tensors to a tensor, without reading their values
         capture=cuda_graph, # How to capture
     ): self.fn, self.capture, self.captures = fn, capture, {}
 
+    def _capture(self, inputs):
+        static_inputs = [a.clone() for a in inputs]
+        try: return (static_inputs, *self.capture(self.fn, static_inputs))
+        except RuntimeError as e:
+            warnings.warn(f"not recorded ({str(e).splitlines()[0][:120]}); every call is made anew", stacklevel=3)
+
     def __call__(self, *inputs):
         key = tuple((tuple(a.shape), a.dtype) for a in inputs)
-        if key not in self.captures:
-            static_inputs = [a.clone() for a in inputs]
-            self.captures[key] = (static_inputs, *self.capture(self.fn, static_inputs))
+        if key not in self.captures: self.captures[key] = self._capture(inputs)
+        if self.captures[key] is None: return self.fn(*inputs)
         static_inputs, replay, out = self.captures[key]
         for static,a in zip(static_inputs, inputs, strict=True): static.copy_(a)
         replay()

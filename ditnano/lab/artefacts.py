@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from ..classifier import Classifier, save_classifier
 from ..config import SIZES, TrainConfig, UNetConfig, load_scale
 from ..dit import DiT
-from ..edm import EDMPrecond, edm_loss, heun_sampler, load_teacher, save_teacher, to_bytes
+from ditnano.edm import (
+    EDMPrecond,
+    denoising_loss,
+    edm_inputs,
+    heun_sampler,
+    load_teacher,
+    save_teacher,
+    to_bytes,
+)
 from ..images import ImageSet, load_images, to_unit
 from .execute import distill_run
 from .experiments import as_student, distill_config, experiment_configs, size_of
@@ -57,13 +65,19 @@ class DenoiseTask:
         self.data, self.n, self.augment_p = data, len(data), augment_p
         self.identity = {'task':'denoise', 'unet':unet.to_dict(), 'data':data.hash, 'augment_p':augment_p}
     def batch(self, idx): return self.data.images[idx], self.data.labels[idx]
-    def loss(self, model, batch, step):
+    def loss(self, model, batch, step): return self.loss_from_inputs(model, *self.inputs(batch, step))
+
+    def inputs(self, batch, step):
         images, labels = batch
         x = to_unit(images).to(memory_format=torch.channels_last)
         generator, randn = step.generator, step.randn
         if step.world>1:
             generator, randn = torch.Generator().manual_seed(derive_seed(step.seed,'draw',step.index,step.rank)), None
-        return edm_loss(model, x, F.one_hot(labels, len(self.data.classes)), generator, self.augment_p, randn=randn)
+        onehot = F.one_hot(labels, len(self.data.classes))
+        drawn = edm_inputs(self.model, x, onehot, generator, self.augment_p, randn)
+        return tuple(t for t in drawn if t is not None)
+
+    def loss_from_inputs(self, model, *inputs): return denoising_loss(model, *inputs)
 
 # %% ../../nbs/lab/11_artefacts.ipynb #7ff8f41d
 def random_shift(

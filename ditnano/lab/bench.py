@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -62,19 +63,22 @@ def _time_bare(run, steps):
 
 # %% ../../nbs/lab/05_bench.ipynb #6b1f30c2
 def _time_fit(task, how, device, log_every, **limits):
-    "Wall and CPU seconds of a step of `fit`, from the first line of its history to the last."
+    "Wall and CPU seconds of a step of `fit`, from the first line of its history to the last; whether it was recorded."
     from ditnano.train import fit
     seen = [(0, time.perf_counter(), time.process_time())]
     def note(line): seen.append((line['step'], time.perf_counter(), time.process_time()))
     with tempfile.TemporaryDirectory() as folder:
-        fit(task, how, folder, device, log_every=log_every, callback=note, **limits)
+        state = fit(task, how, folder, device, log_every=log_every, callback=note, **limits)
     first, last = seen[1 if len(seen)>2 else 0], seen[-1]
-    return tuple((b-a)/(last[0]-first[0]) for a,b in zip(first[1:], last[1:]))
+    wall, cpu = ((b-a)/(last[0]-first[0]) for a,b in zip(first[1:], last[1:]))
+    return wall, cpu, state.recorded
 
 def _train_row(cfg, data, batch, rounds, loss, precision, device, steps):
     import torch
 
     from ditnano.distill.base import GETRecipe
+    from ditnano.train import RECORD_AFTER
+    if device.type=='cuda': steps = max(steps, RECORD_AFTER+2)   # what is timed begins after the recording
     task, how = GETRecipe(cfg, data, loss), TrainConfig(images=10**9, batch=batch, precision=precision)
     bare = _bare_loop(cfg, loss, data.batch(torch.arange(batch)%len(data)), precision, device)
     found = [(_time_bare(bare, steps), _time_fit(task, how, device.type, steps, stop_after=2*steps))
@@ -82,10 +86,11 @@ def _train_row(cfg, data, batch, rounds, loss, precision, device, steps):
     ratios = [b[0]/f[0] for b,f in found]
     sides = {'bare':[b for b,_ in found], 'fit':[f for _,f in found]}
     return {'design':f'({cfg.depth},{cfg.width},{cfg.heads})', 'px':cfg.image_size, 'loss':loss, 'batch':batch,
-            **{f'{k} (images/s)':batch/median(wall for wall,_ in v) for k,v in sides.items()},
-            **{f'{k} (CPU ms/step)':1e3*median(cpu for _,cpu in v) for k,v in sides.items()},
+            **{f'{k} (images/s)':batch/median(side[0] for side in v) for k,v in sides.items()},
+            **{f'{k} (CPU ms/step)':1e3*median(side[1] for side in v) for k,v in sides.items()},
             'fit/bare':median(ratios), 'range':f'{min(ratios):.2f}-{max(ratios):.2f}',
-            'precision':precision, 'threads':torch.get_num_threads()}
+            'precision':precision, 'threads':torch.get_num_threads(),
+            'recorded':'yes' if all(f[2] for _,f in found) else 'no'}
 
 # %% ../../nbs/lab/05_bench.ipynb #a5546876
 def bench_train(
@@ -96,8 +101,8 @@ def bench_train(
     device:str='auto',  # Where
     sizes=(16,32),      # Sides of the images in pixels
     precision:str='bf16', # On both sides
-    steps:int=10,       # Timed steps of each side in a round
-)->list: # One dict per size and design: images/s and CPU ms per step of both, and the ratio of the rates
+    steps:int=10,       # Timed steps of each side in a round; on a GPU at least those before a recording
+)->list: # One dict per size and design: images/s and CPU ms per step of both, ratio of the rates, if it was recorded
     "Throughput of `fit` beside a bare training loop, in turns."
     from ditnano.repro import pick_device
     rows, device = [], pick_device(device)
@@ -140,7 +145,7 @@ def _trainer():
         cfg = replace(as_student(job['design']), image_size=job['size'])
         task = GETRecipe(cfg, _random_pairs(job['size'], folder), job['loss'])
         for _ in sys.stdin:
-            wall, _ = _time_fit(task, how, 'cpu', 1, minutes=job['seconds']/60)
+            wall, *_ = _time_fit(task, how, 'cpu', 1, minutes=job['seconds']/60)
             print(job['batch']/wall, flush=True)
 
 def _ask(process):
@@ -261,7 +266,8 @@ def bench_recipes(
     costs = {name:recipe_cost(**_cost_request(name, design, loss=loss, batch=batch, **how)) for name in COST_ROWS}
     first = next(iter(costs.values()))['images_per_s']
     return [{'recipe':name, 'images/s':c['images_per_s'], 'speed':c['images_per_s']/first, 'peak MB':c['peak_mb'],
-             'recipe MB':c['peak_mb']-c['before_mb']} for name,c in costs.items()]
+             'recipe MB':c['peak_mb']-c['before_mb'], 'recorded':'yes' if c.get('recorded') else 'no'}
+            for name,c in costs.items()]
 
 # %% ../../nbs/lab/05_bench.ipynb #18dd37d4
 TABLE_2, TABLE_5 = tuple(d for d,(size,_) in DESIGNS.items() if size=='0.42M'), ((6,256,4),(7,192,12))
@@ -302,7 +308,8 @@ def bench_tables(
         rows.append({'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads, 'params':count_params(cfg),
                      'deployed':count_params(cfg, folded=True),
                      **{k:r[k] for k in ('backend','precision','p50_ms','p90_ms','p99_ms','seconds_50k')},
-                     'times as fast':r['times'], 'error':r['error'], 'share of limit':limit['share']})
+                     'times as fast':r['times'], 'error':r['error'], 'share of limit':limit['share'],
+                     'recorded':'yes' if r['recorded'] else 'no'})
     return rows
 
 # %% ../../nbs/lab/05_bench.ipynb #0b3e40bd
@@ -357,14 +364,17 @@ def bench_records(
     guidance:float=1.5,   # 1 is off
     batches:int=10,       # Timed batches
     device:str='auto',    # Where
+    models=(),            # (depth, width, heads) of GET models, timed without guidance
 )->list: # One dict per design and precision, with the folder of its record
     "Latencies of PyTorch on this machine as records, unless they are there."
     from ditnano.lab.execute import latency_config, latency_run
     rows = []
-    for d,precision in ((d,p) for d in designs for p in precisions):
-        record = latency_run(latency_config(d, batches, guidance, precision, batch, device), root, 'bench')
-        cfg, timed = as_student(d), record['latency']
-        row = {'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads, 'precision':precision, 'batch':batch}
+    wanted = [('DiT', as_student(d), guidance) for d in designs] + [('GET', GETConfig(*m), 1.) for m in models]
+    for (kind,cfg,scale),precision in product(wanted, precisions):
+        record = latency_run(latency_config(cfg, batches, scale, precision, batch, device), root, 'bench')
+        timed = record['latency']
+        row = {'model':kind, 'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads, 'guidance':scale,
+               'precision':precision, 'batch':batch}
         row |= {k:timed[k] for k in ('p50_ms','p99_ms','images_per_s','seconds_50k')}
         rows.append(row | {'record':f"latency-{record['key']}"})
     return rows

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MUST_BE_SINGLE', 'MAY_VARY', 'DEFAULT_STUDENT', 'SCALES', 'MACHINE_KINDS', 'EXPERIMENT_FILTERS', 'TIMED_SIZE',
-           'LATENCY_COLUMNS', 'NOT_RUN', 'NOT_MEASURED', 'provenance_line', 'select_runs', 'distances', 'scores',
-           'rows_of', 'best_scale', 'evidence_folders', 'load_runs', 'publish_figure_records', 'with_latency',
-           'latency_heading', 'latency_note', 'aggregate_seeds', 'join_paper']
+           'TIMED_BATCH', 'LATENCY_COLUMNS', 'NOT_RUN', 'NOT_MEASURED', 'provenance_line', 'matching', 'select_runs',
+           'distances', 'scores', 'rows_of', 'best_scale', 'evidence_folders', 'load_runs', 'publish_figure_records',
+           'with_latency', 'latency_heading', 'latency_note', 'aggregate_seeds', 'join_paper']
 
 # %% ../../nbs/lab/06_evidence.ipynb #1af17b63
 import contextlib
@@ -54,6 +54,14 @@ def provenance_line(
 
 # %% ../../nbs/lab/06_evidence.ipynb #21e193e2
 DEFAULT_STUDENT = {'model':'DiT', 'mlp_ratio':4.0, 'steps':1}  # The paper's students
+
+def matching(
+    frame:pd.DataFrame, # Rows
+    **values,           # Column = value
+)->pd.DataFrame: # The rows that have all these values; a column that is missing has none
+    "Rows by the values of their columns."
+    for c,v in values.items(): frame = frame[frame[c].eq(v).fillna(False).astype(bool)] if c in frame else frame[:0]
+    return frame
 
 def select_runs(
     frame:pd.DataFrame, # What `runs.collect` gives
@@ -119,10 +127,8 @@ def rows_of(
     if experiment not in EXPERIMENT_FILTERS:
         raise ValueError(f"experiment {experiment!r}; expected one of {', '.join(EXPERIMENT_FILTERS)}")
     common, _ = EXPERIMENT_FILTERS[experiment]
-    rows = found[found.scale==scale]
-    for c,v in common.items():
-        if c in rows: rows = rows[rows[c]==v]
-        elif DEFAULT_STUDENT.get(c)!=v: rows = rows[:0]
+    wanted = {c:v for c,v in common.items() if c in found or DEFAULT_STUDENT.get(c)!=v}
+    rows = matching(found, scale=scale, **wanted)
     if common['kind']!='distill' or not len(rows): return rows
     if experiment!='get_baseline': rows = rows[rows.images==load_scale(scale).images]
     rows = rows.assign(design=list(zip(rows.depth, rows.width, rows.heads)))
@@ -134,7 +140,7 @@ def best_scale(
     experiment:str,     # Key of `EXPERIMENT_FILTERS`; '' for no experiment
 )->str: # Name of a scale
     "The best scale with two rows or more of an experiment; of measurements, one of this machine; else 'smoke'."
-    if not experiment: return 'smoke'
+    if not experiment or not len(found): return 'smoke'
     _, differ = EXPERIMENT_FILTERS.get(experiment, ({}, ''))
     pools = [found]
     if differ and EXPERIMENT_FILTERS[experiment][0]['kind'] in MACHINE_KINDS and 'live' in found:
@@ -186,17 +192,19 @@ def publish_figure_records(
     frames,   # Rows that were drawn, or a list of such
     out,      # Folder of figures
     name:str, # Of the table or figure
+    parts:dict=None, # Name of a part of it -> folders of the runs behind that part
 )->int: # Number of records
     "Copy the records behind a figure, those of the latencies too, to its evidence, and list them by hash."
     frames, evidence = [frames] if isinstance(frames, pd.DataFrame) else frames, Path(out)/'evidence'
     folders = {f for frame in frames for c in ('folder','latency_folder') if c in frame for f in frame[c].dropna()}
     kept = sorted({publish(f, evidence) for f in folders})
     records = {k.name:record_hash(read_result(k)) for k in kept}
-    write_json(evidence/'drawn'/f'{name}.json', {'name':name, 'records':records})
+    listed = {k:sorted({Path(f).name for f in v}) for k,v in (parts or {}).items()}
+    write_json(evidence/'drawn'/f'{name}.json', {'name':name, 'records':records} | ({'parts':listed} if parts else {}))
     return len(kept)
 
 # %% ../../nbs/lab/06_evidence.ipynb #dd00ce5a
-TIMED_SIZE = 32  # Pixels on a side of the images of the paper's latencies, and of ours
+TIMED_SIZE, TIMED_BATCH = 32, 128  # Pixels on a side of the images, and images at once, of the paper's and our latencies
 _SETTINGS = ('batch','batches','guidance','precision','backend','attention','size')
 LATENCY_COLUMNS = ['seconds_50k','p50_ms','p90_ms','p99_ms', *(f'latency_{k}' for k in _SETTINGS), 'card']
 
@@ -212,14 +220,16 @@ def with_latency(
     guidance:float=1.5,   # Timed with this guidance; 1 is off
     precision:str='fp32', # Timed at this precision
     size:int=TIMED_SIZE,  # Timed at this image size
+    batch:int=TIMED_BATCH, # Timed with so many images at once
 )->pd.DataFrame: # `ours` with the columns of the timing and `latency_folder`; empty where no run timed the design
     "Join each student with the latency of its design, all of one machine."
     design = ['depth','width','heads',*(c for c in DEFAULT_STUDENT if c in ours and c in found)]
-    wanted = dict(kind='latency', latency_guidance=guidance, latency_precision=precision, latency_size=size)
+    wanted = dict(kind='latency', latency_guidance=guidance, latency_precision=precision, latency_size=size,
+                  latency_batch=batch)
     fits = found.reindex(columns=list(dict.fromkeys([*found,*wanted,*LATENCY_COLUMNS,'folder','live'])))
-    fits = fits.assign(latency_size=fits.latency_size.fillna(TIMED_SIZE), live=fits.live.eq(True))
-    for c,v in wanted.items(): fits = fits[fits[c]==v]
-    fits = fits.merge(ours[design].drop_duplicates(), on=design)
+    fits = fits.assign(latency_size=fits.latency_size.fillna(TIMED_SIZE), live=fits.live.eq(True),
+                       latency_batch=fits.latency_batch.fillna(TIMED_BATCH))
+    fits = matching(fits, **wanted).merge(ours[design].drop_duplicates(), on=design)
     fits = fits.sort_values(['live','latency_batches'], kind='stable').drop_duplicates([*design,'card'], keep='last')
     if len(fits): fits = _best_machine(fits)
     fits = fits[[*design,*LATENCY_COLUMNS,'folder']].rename(columns={'folder':'latency_folder'})

@@ -49,7 +49,7 @@ from ditnano.repro import (
     weights_dir,
     write_json,
 )
-from ..train import fit, make_graphed_step, prepare_training, train_step
+from ..train import Progress, fit, make_graphed_step, prepare_training, train_step
 
 # %% ../../nbs/lab/13_lease.ipynb #b9c27ff6
 class SimulatedClock:
@@ -496,6 +496,10 @@ class LeaseFolder:
         if not place: self.log(f'{prefix}: does not fit into the packs')
         elif not weights: self.log(f'{prefix}: its weights do not fit into the packs')
 
+    def progress(self, name:str)->Progress:
+        "For `fit`: a line four times a minute."
+        return Progress(name, self.log, every=15)
+
     def record(self, kind:str, config:dict, compute:Callable, name:str)->dict:
         "A run of this lease, packed."
         record = run_once(self.runs, kind, config, compute, name, self.scale.name)
@@ -540,7 +544,7 @@ class TeacherWork(LeaseFolder):
         cfg = replace(self.teacher_config(), images=images, warmup=min(self.teacher_config().warmup, images//10))
         task = make_task(self.recipe)
         run = self.runs.parent/'teacher'/content_hash([task.identity, cfg.to_dict()])
-        state = fit(task, cfg, run, self.device, callback=None, minutes=seconds/60)
+        state = fit(task, cfg, run, self.device, callback=self.progress('teacher'), minutes=seconds/60)
         if state.step<cfg.steps: raise TimeLimitReached(f'the teacher stopped at {100*state.step//cfg.steps}%')
         where = fingerprint(pick_device(self.device))
         card = {'data':task.data.name, 'data_hash':task.data.hash, 'train':cfg.to_dict(), 'options':self.recipe.options,
@@ -629,7 +633,8 @@ class LeaseWork(PairsWork):
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()   # one compiled code serves only a few designs
-        return distill_run(config, self.runs, self.scale.name, self.device, minutes=minutes, require_weights=True)
+        return distill_run(config, self.runs, self.scale.name, self.device, self.progress(run_label(config)),
+                           minutes=minutes, require_weights=True)
 
 # %% ../../nbs/lab/13_lease.ipynb #c317f3d5
 def teacher_evaluation(

@@ -67,6 +67,13 @@ def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
         assert (out/file).read_text()==(FIGURES/file).read_text()
 
 
+@committed
+def test_the_page_is_built_again_from_the_files_alone():
+    from ditnano.lab.report import REPORT, build_report
+    again = 'paper_figures/index.html is older than what it shows; `ditnano paper` writes it again'
+    assert build_report(FIGURES)==(FIGURES/REPORT).read_text(encoding='utf-8'), again
+
+
 def test_a_committed_run_comes_out_the_same_again(tmp_path):
     "The shortest of the smoke runs, computed again; skipped on another kind of device, where it may differ more."
     from ditnano.lab.execute import verify
