@@ -225,7 +225,7 @@ INLINE const unit *panel(const Linear *map, int rows, int column, unit *room) {
 
 /* ---- Linear maps ------------------------------------------------------------------------------------------------ */
 
-/* TILE_ROWS tokens by `vecs` vectors of columns (one or two): the sums stay in registers. Rows of `w` are `step` apart. */
+/* TILE_ROWS tokens by one or two vectors of columns: the sums stay in registers. Rows of `w` are `step` apart. */
 INLINE void tile_vectors(const num *a, int stride, const unit *w, int step, int rows, int vecs,
                          vec s[TILE_ROWS][TILE_VECS]) {
   for (int i = 0; i < TILE_ROWS; i++)
