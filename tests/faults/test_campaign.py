@@ -1,5 +1,6 @@
 "The small campaign of faults, and that what it calls a failure is one."
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def driver():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='the campaign forks its commands')
 def test_small_campaign_has_no_failure():
     done = subprocess.run([sys.executable, CAMPAIGN], capture_output=True, text=True, timeout=1500)
     print(done.stdout)
@@ -56,6 +58,7 @@ def test_another_result_and_a_leftover_are_failures(driver, tmp_path):
     with pytest.raises(driver.Failure, match='history.jsonl'): driver.compare(tmp_path, command, good)
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='the campaign forks its commands')
 def test_the_whole_campaign_has_a_hundred_kills():
     done = subprocess.run([sys.executable, CAMPAIGN, '--whole', '--list'], capture_output=True, text=True, timeout=60)
     kinds = [line.split()[0] for line in done.stdout.splitlines()]

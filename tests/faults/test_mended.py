@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ditnano import repro
 from ditnano.images import load_images
+from ditnano.lab.processes import sigterm_interrupts
 from ditnano.pairs import PairDataset, read_manifest, write_pairs
 from ditnano.repro import atomic, lock
 
@@ -89,3 +90,14 @@ def test_an_empty_lock_that_is_new_may_still_be_written(tmp_path):
     with pytest.raises(TimeoutError, match='another process holds it'):
         with lock(tmp_path/'.lock', wait=0.3): pass
     assert (tmp_path/'.lock').read_text() == ''
+
+
+def test_whoever_called_learns_which_signal_came():
+    "So that the exit status of a sweep is 143 after SIGTERM, and 130 after Ctrl-C."
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with sigterm_interrupts(): signal.raise_signal(signal.SIGTERM)
+    finally: signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]

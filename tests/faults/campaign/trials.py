@@ -12,8 +12,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import yaml
 from driver import Command, Failure, Trial, await_descendants, compare, on_file_event, refusal, result, start, wait
+from PIL import Image
 
 SCALE = """\
 name: tiny
@@ -56,6 +58,10 @@ def prepare(folder):
     for name, width in (('student', 32), ('assistant', 16)):
         randomize_weights(DiT(DiTConfig(1, width, 4))).save_pretrained(folder/name)
     (folder/'pictures').mkdir()
+    noise = np.random.default_rng(0)
+    for name in [f'{c}/{k}.png' for c in ('cat', 'dog') for k in range(8)]:
+        (folder/'photos'/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (32, 32, 3), np.uint8)).save(folder/'photos'/name)
     (folder/'tiny.yaml').write_text(SCALE+NOTHING)
     (folder/'two.yaml').write_text(SCALE.replace('4]]', '4], [1, 32, 2]]').replace('tiny', 'two')+NOTHING)
 
@@ -90,6 +96,8 @@ COMMANDS = {
     'eval': Command('eval --weights student --samples 24 --out eval.json --device cpu', result=('eval.json', '.*.tmp')),
     'eval again': Command('eval --weights student --samples 24 --out again.json --device cpu', after='eval',
                           result=('again.json',)),
+    'photos': Command('eval --weights student --data photos --samples 24 --out photos.json --device cpu',
+                      result=('photos.json', 'cache/images/.*')),
     'onnx': Command('export --weights student --out student.onnx', result=('student.onnx', '.*.tmp')),
     'c': Command('export --weights student --format c --out code', result=('code/*',)),
     'bundle': Command('export --weights student --bundle bundle', result=('bundle/*', '.*.tmp')),
@@ -111,7 +119,8 @@ COMMANDS = {
 KILLS = {  # command: (trials in the small campaign, in the whole one)
     'pairs': (3, 18), 'pairs continued': (0, 6), 'train': (6, 30), 'train mi1': (0, 6), 'train ta': (0, 6),
     'sample': (3, 12), 'sample npy': (1, 6), 'sample safetensors': (1, 6), 'sheet': (0, 4), 'eval': (1, 6),
-    'onnx': (1, 6), 'bundle': (0, 3), 'native': (0, 4), 'c': (0, 3), 'sweep': (2, 14), 'sweep in processes': (0, 6),
+    'photos': (0, 6), 'onnx': (1, 6), 'bundle': (0, 3), 'native': (0, 4), 'c': (0, 3), 'sweep': (1, 14),
+    'sweep in processes': (0, 6),
     'take': (0, 8), 'lease': (0, 6), 'paper': (0, 4),
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -159,6 +168,7 @@ FILES = {  # what: (command that left it, its file, the command that reads it, n
     'checkpoint': ('half a training', 'run/state.safetensors', 'training resumed', ()),
     'history': ('half a training', 'run/history.jsonl', 'training resumed', ()),
     'image cache': ('eval', 'cache/images/*', 'eval again', ()),
+    'photo': ('', 'photos/*/*.png', 'photos', ()),
     'statistics': ('eval', 'cache/stats/*', 'eval again', ()),
     'record': ('sweep', 'runs/*/result.json', 'sweep again', ()),
     'config of a run': ('sweep', 'runs/*/config.json', 'sweep again', ()),
@@ -169,7 +179,7 @@ FILES = {  # what: (command that left it, its file, the command that reads it, n
     'scale': ('eval', 'tiny.yaml', 'scale', ()),
     'pack': ('lease', 'packs/*.tar', 'take', ()),
 }
-SLOW_FILES = ('pack', 'compiled code', 'hash of compiled code', 'assistant', 'manifest, continued')
+SLOW_FILES = ('pack', 'photo', 'compiled code', 'hash of compiled code', 'assistant', 'manifest, continued')
 MANY = 10   # Trials of each kind of damage in the whole campaign
 
 
@@ -289,7 +299,7 @@ def no_room(name, world, rng):
 
 def can_mount():
     "Whether this process may mount a file system of its own."
-    if sys.platform != 'linux' or os.geteuid(): return False
+    if sys.platform != 'linux' or os.geteuid() or not shutil.which('unshare'): return False
     command = ['unshare', '-m', 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt']
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -344,6 +354,7 @@ PHASES = {  # phase of a distributed run: the function that fails in one rank
     'saving': 'ditnano.train:save_state', 'sampling': 'ditnano.sampling:sample',
     'evaluation': 'ditnano.metrics:evaluate', 'recording': 'ditnano.lab.runs:write_json',
 }
+OF_THE_FIRST = ('saving', 'evaluation', 'recording')   # phases of rank 0 alone
 RANK_FAULTS = ('error', 'kill', 'stop')
 MAX_WAIT_S = 6   # How long a rank of the campaign waits for the other
 
@@ -397,7 +408,8 @@ def undisturbed_ranks(world):
 
 def fail_in_rank(phase, fault, world, rng):
     "One rank fails in a phase: the other ends in time and says why; then both together finish the work."
-    good, folder, rank = undisturbed_ranks(world), world.fresh('short sweep'), rng.randrange(2)
+    good, folder = undisturbed_ranks(world), world.fresh('short sweep')
+    rank = 0 if phase in OF_THE_FIRST else rng.randrange(2)
     call = rng.randint(1, 3) if phase in ('training', 'saving') else 1
     inside = [None, None]
     inside[rank] = partial(break_function, phase, fault, call)
