@@ -62,7 +62,8 @@ from ditnano.repro import (
     write_json,
 )
 from ..sampling import balanced_labels, sample, save_grid
-from ..train import fit, read_history
+from ..state import read_history
+from ..train import fit
 from ..unet import PRESETS, SongUNet
 
 # %% ../../nbs/lab/14_product.ipynb #b9b75e22
