@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['JETPACK', 'MODULES', 'Sample', 'OVER_CURRENT', 'parse_nvpmodel_conf', 'State', 'read_state', 'parse_trtexec',
-           'integrate', 'longest_below', 'Trace', 'Sampler', 'watch', 'throttling', 'clock_histogram', 'card',
-           'card_line', 'percentile', 'Report', 'timed', 'table_row', 'table']
+           'integrate', 'longest_below', 'Trace', 'Sampler', 'throttling', 'clock_histogram', 'card', 'card_line',
+           'percentile', 'Report', 'timed', 'table_row', 'table']
 
 # %% ../../nbs/deploy/04_jetson.ipynb #d188687c
 import bisect
-import errno
 import glob
 import math
 import os
@@ -19,6 +18,7 @@ import threading
 import time
 from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 
 
 # %% ../../nbs/deploy/04_jetson.ipynb #869e86ec
@@ -28,16 +28,12 @@ class _Tree:
 
     def text(self, path):
         "A file's text, or None."
-        out = b''
+        def opener(name, flags): return os.open(name, flags|getattr(os, 'O_NONBLOCK', 0))
         try:
-            fd = os.open(os.path.join(self.root, path), os.O_RDONLY|getattr(os, 'O_NONBLOCK', 0))
-            try:
-                for part in iter(lambda: os.read(fd, 1<<16), b''): out += part
-            finally: os.close(fd)
-        except OSError as e:
-            if e.errno in (errno.EACCES, errno.EPERM): self.refused.add(path)
-            return None
-        return out.decode('utf-8', 'replace').strip('\0 \t\r\n')
+            with open(os.path.join(self.root, path), 'rb', buffering=0, opener=opener) as f: out = f.read()
+        except PermissionError: self.refused.add(path)
+        except OSError: pass
+        else: return None if out is None else out.decode('utf-8', 'replace').strip('\0 \t\r\n')
 
     def number(self, path, scale=1):
         "A file's whole number over `scale`, or None."
@@ -64,12 +60,9 @@ MODULES = {'0000':'Orin NX 16 GB', '0001':'Orin NX 8 GB', '0003':'Orin Nano 8 GB
 def _release(tree):
     "L4T as 'major.minor.patch', or None."
     m = re.search(r'R(\d+)\b.*?REVISION:\s*(\d[\d.]*)', tree.text('etc/nv_tegra_release') or '')
-    if m: found = f'{m[1]}.{m[2]}'
-    else:
-        packages = tree.text('var/lib/dpkg/status') or ''
-        m = re.search(r'^Package: nvidia-l4t-core\n(?:.+\n)*?Version: (\d[\d.]*)', packages, re.M)
-        found = m[1] if m else None
-    return '.'.join((found.strip('.').split('.')+['0','0'])[:3]) if found else None
+    package = r'^Package: nvidia-l4t-core\n(?:.+\n)*?Version: (\d+)([\d.]*)'
+    m = m or re.search(package, tree.text('var/lib/dpkg/status') or '', re.M)
+    return '.'.join(([m[1], *filter(None, m[2].split('.'))]+['0','0'])[:3]) if m else None
 
 def _identity(tree):
     "Model, module and release; nothing if this is no Jetson."
@@ -140,11 +133,9 @@ def _rails(tree):
     "Rail -> its (mV, mA) files, and the chip's folder. A chip without VDD_IN is ignored."
     for h in tree.glob('sys/class/hwmon/hwmon*')+tree.glob('sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon*'):
         if tree.text(h+'/name')!='ina3221': continue
-        rails = {}
-        for f in tree.glob(h+'/in[0-9]*_label'):
-            name = tree.text(f)
-            if not name or name.startswith('sum '): continue
-            rails[name] = f[:-5]+'input', re.sub(r'in(\d+)_label$', r'curr\1_input', f)
+        names = {f:tree.text(f) for f in tree.glob(h+'/in[0-9]*_label')}
+        rails = {name:(f[:-5]+'input', re.sub(r'in(\d+)_label$', r'curr\1_input', f)) for f,name in names.items()
+                 if name and not name.startswith('sum ')}
         if 'VDD_IN' in rails: return rails, h
     return {}, None
 
@@ -191,10 +182,8 @@ def _cooling(tree):
 
 def _throttle(tree):
     "Over-current events since boot, and the state of the throttling devices."
-    events = {}
-    for h in tree.glob('sys/class/hwmon/hwmon*'):
-        if tree.text(h+'/name')!='soctherm_oc': continue
-        events.update({os.path.basename(f)[:3]:tree.number(f) for f in tree.glob(h+'/oc*_event_cnt')})
+    chips = [h for h in tree.glob('sys/class/hwmon/hwmon*') if tree.text(h+'/name')=='soctherm_oc']
+    events = {os.path.basename(f)[:3]:tree.number(f) for h in chips for f in tree.glob(h+'/oc*_event_cnt')}
     return dict(throttle=events, cooling={k:tree.number(v) for k,v in _cooling(tree).items()})
 
 
@@ -327,13 +316,9 @@ def longest_below(
     floor:float, # A value below this counts
 )->float: # Seconds
     "The longest stretch over which samples stayed below a floor."
-    best, since = 0., None
-    for t,v in zip(times, values):
-        if v is None: continue
-        if v>=floor: since = None
-        elif since is None: since = t
-        if since is not None: best = max(best, t-since)
-    return best
+    known = [(v<floor, t) for t,v in zip(times, values) if v is not None]
+    groups = [[t for _,t in g] for low,g in groupby(known, lambda x: x[0]) if low]
+    return max((g[-1]-g[0] for g in groups), default=0.)
 
 
 # %% ../../nbs/deploy/04_jetson.ipynb #be500803
@@ -399,7 +384,7 @@ def _used(tree):
     return None if None in m.values() else m['memory_mb']-m['available_mb']
 
 class Sampler(Trace):
-    "Power, GPU clock, temperature and memory during a `with` block."
+    "Samples a run: `with Sampler() as w: ...`, with `w.tick(images)` after each batch; then `w.energy_mj()`."
     def __init__(self,
         root:str='/',      # Where /proc and /sys are
         every:float=.2,    # Seconds between samples
@@ -447,16 +432,6 @@ class Sampler(Trace):
     def _poll(self):
         self._add()
         while not self.done.wait(self.every): self._add()
-
-
-# %% ../../nbs/deploy/04_jetson.ipynb #e169784f
-def watch(
-    root:str='/',   # Where /proc and /sys are
-    every:float=.2, # Seconds between samples
-    **options,      # Others of `Sampler`
-)->Sampler: # To be used in a `with` statement
-    "Sample a run: `with watch() as w: ...`, with `w.tick(images)` after each batch; then `w.energy_mj()`."
-    return Sampler(root, every, **options)
 
 
 # %% ../../nbs/deploy/04_jetson.ipynb #3546fae5
@@ -514,7 +489,7 @@ def card_line(
 )->str: # One line, and one for each warning
     "A card in a line."
     t, top = card['telemetry'], card['gpu_max_mhz']
-    lock = {True:'locked', False:'not locked', None:'lock unknown'}[card['gpu_locked']]
+    lock = {True:'locked', False:'not locked'}.get(card['gpu_locked'], 'lock unknown')
     out = [card['model'] or 'unknown board', f"L4T {card['l4t'] or 'unknown'}", card['mode'] or 'mode unknown',
            f"GPU {'unknown' if top is None else f'{top:g}'} MHz {lock}"]
     if t.get('tj'): out.append('tj {:.0f} to {:.0f} C'.format(*t['tj']))
@@ -550,10 +525,9 @@ class Report:
 
     def ms(self, q=50)->float: return 1e3*percentile(self.seconds, q)
     def to_dict(self)->dict:
-        percentiles = {f'p{q}_ms':self.ms(q) for q in (50,90,99)}
-        energy = {'energy_mj':self.energy_mj, 'net_mj':self.net_mj, 'energy_why':self.why}
-        times = [1e3*s for s in self.seconds]
-        return {**percentiles, 'samples_ms':times, 'batch':self.images, **energy, 'card':self.card}
+        return {**{f'p{q}_ms':self.ms(q) for q in (50,90,99)}, 'samples_ms':[1e3*s for s in self.seconds],
+                'batch':self.images, 'energy_mj':self.energy_mj, 'net_mj':self.net_mj, 'energy_why':self.why,
+                'card':self.card}
     def __str__(self):
         net = f" ({self.net_mj:.3g} above idle)" if self.net_mj is not None else ''
         energy = f"no energy: {self.why}" if self.energy_mj is None else f"{self.energy_mj:.3g} mJ per image{net}"

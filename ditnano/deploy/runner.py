@@ -6,8 +6,8 @@
 __all__ = ['RUNTIMES', 'INSTALL', 'TRTEXEC', 'OPTIONS', 'PARITY_TOLERANCE', 'RUN_PY', 'UserError', 'read_card', 'check_file',
            'check', 'OnnxRuntime', 'OpenVino', 'Cuda', 'TensorRT', 'available_runtimes', 'model_file', 'choose_runtime',
            'parse_version', 'tensorrt_command', 'graph_file', 'load_jetson', 'find_trtexec', 'trtexec_version',
-           'build_engine', 'bench_command', 'in_batches', 'parity', 'machine_info', 'peak_mb', 'time_batch',
-           'frame_time', 'table_row', 'make_images', 'main']
+           'build_engine', 'bench_command', 'in_batches', 'parity', 'machine_info', 'time_batch', 'bundle_row',
+           'make_images', 'main']
 
 # %% ../../nbs/deploy/05_runner.ipynb #19c94aae
 import argparse
@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -34,13 +35,11 @@ def read_card(
 )->dict:
     "The bundle's card."
     made = "expected a folder made by ditnano export --bundle"
-    try:
-        with open(os.path.join(folder, 'card.json'), encoding='utf-8-sig') as f: card = json.load(f)
+    try: card = json.loads(Path(folder, 'card.json').read_text(encoding='utf-8-sig'))
     except FileNotFoundError: raise UserError(f"no card.json here, and no latency without a card; {made}") from None
     except ValueError: raise UserError("card.json is damaged; copy the folder again") from None
-    required = ('design','weights','guidance','shape','labels','files')
-    missing = [k for k in required if not (isinstance(card, dict) and k in card)]
-    if missing: raise UserError(f"card.json has no {missing[0]!r}; {made}")
+    for k in ('design','weights','guidance','shape','labels','files'):
+        if not (isinstance(card, dict) and k in card): raise UserError(f"card.json has no {k!r}; {made}")
     return card
 
 def check_file(
@@ -50,8 +49,7 @@ def check_file(
 )->str: # Its path
     "A file's path, after its hash was compared."
     path = os.path.join(folder, name)
-    try:
-        with open(path, 'rb') as f: found = hashlib.sha256(f.read()).hexdigest()
+    try: found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except FileNotFoundError: raise UserError(f"{name} is missing; copy the folder again") from None
     except OSError as e: raise UserError(f"{name} cannot be read ({e.strerror})") from None
     if sha256 and found!=sha256: raise UserError(f"{name} is damaged or altered (SHA-256); copy the folder again")
@@ -123,7 +121,7 @@ class Cuda:
 
     def allocate(self, name, size):
         "Address of `size` bytes that belong to `name`; kept from call to call."
-        address, previous = self.blocks.get(name, (ctypes.c_void_p(), 0))
+        address, previous = self.blocks.get(name, (None, 0))
         if previous!=size:
             if previous: self.call('cudaFree', address)
             address = ctypes.c_void_p()
@@ -145,7 +143,7 @@ class TensorRT:
         self.version, self.where, self.cuda = trt.__version__, 'GPU', cuda or Cuda()
         self.log = trt.Logger(trt.Logger.WARNING) # must outlive the runtime
         self.runtime = trt.Runtime(self.log)
-        with open(path, 'rb') as f: self.engine = self.runtime.deserialize_cuda_engine(f.read())
+        self.engine = self.runtime.deserialize_cuda_engine(Path(path).read_bytes())
         if self.engine is None:
             name = os.path.basename(os.fspath(path))
             raise UserError(f"{name} is for another TensorRT or GPU; build it here: python run.py --build")
@@ -253,8 +251,8 @@ def tensorrt_command(
     "The command that builds an engine."
     v = parse_version(version)
     if precision not in OPTIONS[v[0]]: raise UserError(f"precision {precision!r}; expected fp32, fp16 or int8")
-    sizes = (('minShapes',1), ('optShapes',batch), ('maxShapes',batch)) if batch else ()
-    shapes = [_shapes(option, n, shape) for option,n in sizes]
+    sizes = {'minShapes':1, 'optShapes':batch, 'maxShapes':batch} if batch else {}
+    shapes = [_shapes(option, n, shape) for option,n in sizes.items()]
     only = '--buildOnly' if v==(8,5) else '--skipInference'
     return [os.fspath(trtexec), f'--onnx={onnx}', f'--saveEngine={engine}', *OPTIONS[v[0]][precision], *shapes,
             '--memPoolSize=workspace:1024', only]
@@ -374,9 +372,9 @@ def parity(
 # %% ../../nbs/deploy/05_runner.ipynb #c8301585
 def _first_line(path, start):
     "What follows `start` in a file's first such line, or nothing."
-    try:
-        with open(path) as f: return next((s[len(start):].strip(' :\t\n') for s in f if s.startswith(start)), '')
+    try: lines = Path(path).read_text().splitlines()
     except OSError: return ''
+    return next((s[len(start):].strip(' :\t') for s in lines if s.startswith(start)), '')
 
 def machine_info()->dict:
     "This computer, in fields that any machine has."
@@ -384,13 +382,11 @@ def machine_info()->dict:
     return {'system':f'{platform.system()} {platform.machine()}', 'cpu':cpu, 'cores':os.cpu_count(),
             'python':platform.python_version(), 'numpy':np.__version__}
 
-def peak_mb():
-    "The largest memory this process has used, in MB; None if unknown."
-    kb = _first_line('/proc/self/status', 'VmHWM')
-    return int(kb.split()[0])/1024 if kb else None
-
 
 # %% ../../nbs/deploy/05_runner.ipynb #09ff959d
+def _noise(n, card, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, *card['shape'])).astype(np.float32)
+
 def time_batch(
     run,          # A runtime
     card,         # The bundle's card
@@ -403,28 +399,21 @@ def time_batch(
     "Time one batch size."
     fixed = card.get('batch')
     if batch<1 or (fixed and batch!=fixed): raise UserError(f"batch {batch}; expected {fixed or '1 or more'}")
-    noise = np.random.default_rng(0).standard_normal((batch, *card['shape'])).astype(np.float32)
-    x, y = check(noise, np.arange(batch)%(card['labels'] or 1), card)
+    x, y = check(_noise(batch, card), np.arange(batch)%(card['labels'] or 1), card)
     report = load_jetson().timed(lambda: run(x, y), batch, seconds, warm, watch)
     report.card.update({k:card[k] for k in ('guidance','design','weights')}, machine=machine_info(),
                        runtime=f'{run.name} {run.version}', where=run.where, precision=precision)
     return report
 
-def frame_time(
-    report, # From `time_batch`
-)->dict: # `p50_ms`, `p99_ms` of one image; nothing for other batches
-    "The frame time, from a report of batch 1."
-    return {'p50_ms':report.ms(50), 'p99_ms':report.ms(99), 'frames':len(report.seconds)} if report.images==1 else {}
-
-
 # %% ../../nbs/deploy/05_runner.ipynb #0c0147a2
-def table_row(
+def bundle_row(
     report, # From `time_batch`
     card,   # The bundle's card
 )->dict: # In the form of Table 2
     "A report as a row: ms per batch, seconds for 50,000 images, mJ per image, peak memory."
-    d, c, name = card['design'], report.card, card.get('name') or 'student'
-    more = {'precision':c['precision'], 'runtime':c['runtime'], 'process_mb':peak_mb()}
+    d, name, peak = card['design'], card.get('name') or 'student', _first_line('/proc/self/status', 'VmHWM')
+    more = {k:report.card[k] for k in ('precision','runtime')}
+    more['process_mb'] = int(peak.split()[0])/1024 if peak else None
     return load_jetson().table_row(report, name, d.get('depth'), d.get('width'), str(d.get('heads')), **more)
 
 
@@ -438,9 +427,7 @@ def make_images(
 )->np.ndarray: # (N, C, R, R) uint8
     "Images for labels."
     labels = np.asarray(labels)
-    if noise is None:
-        noise = np.random.default_rng(seed).standard_normal((len(labels), *card['shape'])).astype(np.float32)
-    x, y = check(noise, labels, card)
+    x, y = check(_noise(len(labels), card, seed) if noise is None else noise, labels, card)
     n = card.get('batch') or max(len(x), 1)
     if len(x)%n: raise UserError(f"{len(x)} images; this bundle makes them {n} at a time")
     return (in_batches(run, x, y, n)*127.5+128).clip(0, 255).astype(np.uint8)
@@ -489,9 +476,8 @@ def _build(folder, card, a):
     trtexec, fixed = find_trtexec(), card.get('batch')
     version = a.tensorrt or trtexec_version(trtexec)
     name = graph_file(card, a.precision, version)
-    hashes = {}
-    for f in card['files'].values():
-        hashes.update({f['file']:f.get('sha256'), f.get('jetpack5'):f.get('jetpack5_sha256')})
+    files = card['files'].values()
+    hashes = {f.get(k):f.get(h) for f in files for k,h in (('file','sha256'), ('jetpack5','jetpack5_sha256'))}
     onnx, engine = check_file(folder, name, hashes.get(name)), model_file(folder, card, a.precision, 'tensorrt')
     batch = None if fixed else max(a.batch or [128])
     command = build_engine(onnx, engine, a.precision, batch, version, trtexec, card['shape'])
@@ -510,10 +496,11 @@ def _measure(run, folder, card, a):
     "Parity, then time, then the record."
     found, reports, frame = _check_parity(run, folder, card, a.precision), [], {}
     for n in a.batch or ([card['batch']] if card.get('batch') else [128,1]):
-        reports.append(time_batch(run, card, a.precision, n, a.seconds, a.warm))
-        frame = frame_time(reports[-1]) or frame
-        print(reports[-1])
-    rows = [table_row(r, card) for r in reports]
+        r = time_batch(run, card, a.precision, n, a.seconds, a.warm)
+        if n==1: frame = {'p50_ms':r.ms(50), 'p99_ms':r.ms(99), 'frames':len(r.seconds)}
+        reports.append(r)
+        print(r)
+    rows = [bundle_row(r, card) for r in reports]
     print(load_jetson().table(rows))
     if frame: print("frame time: p50 {p50_ms:.3g} ms, p99 {p99_ms:.3g} ms of {frames} single images".format(**frame))
     result = {'bundle':card, 'precision':a.precision, 'runtime':run.name, 'version':run.version, 'parity':found,
