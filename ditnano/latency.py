@@ -293,11 +293,6 @@ class PairedTiming:
         "Throughput of both, by the median call."
         return self.items[0]/self.a.p50, self.items[1]/self.b.p50
 
-    @property
-    def decided(self)->bool:
-        "Whether both quartiles of the ratio lie on one side of 1."
-        return self.low>1 or self.high<1
-
     def to_dict(self)->dict:
         "As JSON can hold it."
         return asdict(self) | {'a':self.a.to_dict(), 'b':self.b.to_dict(), 'items':list(self.items)}

@@ -19,7 +19,7 @@ from ..config import DESIGNS, SIZES, GETConfig, Scale, load_scale
 from .evidence import SCALES, TIMED_SIZE, best_scale, matching
 from .experiments import BASE
 from .plan import TERMS, deciding_runs, name_of, planned_rows, runs_of
-from .statistics import common_metrics, compare, format_number, seed_spread
+from .statistics import common_metrics, compare_means, format_number, seed_spread
 from ..paper import CLAIMS, frame, lookup, table
 from ..principles import count_params
 from ..repro import weights_dir
@@ -44,7 +44,7 @@ def lower_than(
     a:str,          # A label
     b:str,          # Another
     factor='1',     # A must lie below this many B; 0.8 or '2/3'
-)->tuple: # A sentence and the weights for `compare`
+)->tuple: # A sentence and the weights for `compare_means`
     "A has a lower distance than `factor` times B."
     factor = float(Fraction(str(factor)))
     return f"{a} below {'' if factor==1 else f'{factor:.3g} × '}{b}", {a:1., b:-factor}
@@ -78,7 +78,7 @@ def quality_part(
     labels = list(dict.fromkeys(l for _,w in comparisons for l in w))
     if scale=='smoke':
         return Part('quality', OPEN, 'not ranked at smoke', 'smoke proves the path and ranks nothing', scale)
-    got = [(texts, compare(rows, w, len(comparisons))) for texts,w in comparisons]
+    got = [(texts, compare_means(rows, w, len(comparisons))) for texts,w in comparisons]
     used = tuple(rows[rows.label.isin(labels)].folder)
     higher, open_ = [(t,c) for t,c in got if c.outcome=='higher'], [(t,c) for t,c in got if c.outcome=='open']
     ours = _mean_text(rows, labels)

@@ -30,8 +30,8 @@ from ditnano.deploy.jetson import (
     parse_trtexec,
     percentile,
     read_state,
-    table,
     table_row,
+    text_table,
     throttling,
     timed,
 )
@@ -416,7 +416,7 @@ def test_rows_and_table():
     row = table_row(Report((.25,.26,.27), 128, state, 12.3, 7.5), 'proposed', 5, 64, 8)
     assert (row['ms'], row['latency_s']) == pytest.approx((260., .26*391)) and row['p99_ms']>row['ms']
     assert (row['mode'], row['gpu_mhz'], row['locked'], row['mj_per_image']) == ('MAXN_SUPER', 1020., True, 12.3)
-    text = table([row, {'name':'elsewhere', 'FID':57.1}])
+    text = text_table([row, {'name':'elsewhere', 'FID':57.1}])
     assert [line.split()[0] for line in text.splitlines()] == ['name','proposed','elsewhere']
 
 
@@ -425,7 +425,7 @@ def test_rows_and_table():
 ALONE = '''import sys; sys.path.insert(0, sys.argv[1]); import jetson as j
 w = j.Sampler(sys.argv[2], every=.02, drop=0, least=.1)
 r = j.timed(lambda: j.time.sleep(.01), 16, seconds=.3, warm=0, watch=w)
-print(w.before.mode, round(w.mean_mw), bool(r.energy_mj), bool(j.table([j.table_row(r)]) and str(r)))'''
+print(w.before.mode, round(w.mean_mw), bool(r.energy_mj), bool(j.text_table([j.table_row(r)]) and str(r)))'''
 
 
 @pytest.mark.parametrize('python', [sys.executable, 'python3.8'])
