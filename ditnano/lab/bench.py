@@ -22,10 +22,12 @@ from pathlib import Path
 from statistics import median
 
 from ..config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, UNetConfig
+from .execute import latency_config, latency_run
 from .experiments import EVAL_SEED, as_student
 from .processes import Children, end_with_parent
 from .runs import run_once
 from ..principles import count_flops, count_params
+from ..repro import fingerprint, pick_device, read_config
 
 # %% ../../nbs/lab/05_bench.ipynb #54a6b9f6
 def _random_pairs(size, folder):
@@ -104,7 +106,6 @@ def bench_train(
     steps:int=10,       # Timed steps of each side in a round; on a GPU at least those before a recording
 )->list: # One dict per size and design: images/s and CPU ms per step of both, ratio of the rates, if it was recorded
     "Throughput of `fit` beside a bare training loop, in turns."
-    from ditnano.repro import pick_device
     rows, device = [], pick_device(device)
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +202,6 @@ def bench_pairs(
     from ditnano.edm import load_teacher
     from ditnano.latency import paired_timing
     from ditnano.pairs import frozen_copy, pairs_recipe, sample_pairs
-    from ditnano.repro import pick_device
     device, net, rows = pick_device(device), load_teacher(teacher), []
     plain, ours, exact = net.to(device), frozen_copy(net, device), pairs_recipe(net, net.name, steps)
     def drawn(precision):
@@ -245,7 +245,6 @@ def cost_run(
 )->dict: # The record, with images_per_s, peak_mb, before_mb among its metrics
     "Measure what one recipe costs on this machine, unless it is done."
     from ditnano.distill.recipes import recipe_cost
-    from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
     request = _cost_request(name, design, loss=scale.loss, batch=scale.batch, precision=scale.precision,
                             teacher=scale.teacher, assistant=list(assistant), seconds=seconds)
@@ -292,7 +291,6 @@ def bench_tables(
 )->list: # One dict per design, back-end and precision
     "Latency in Table 2's form for this machine, with percentiles and the share of its limit."
     from ditnano.latency import bench_sampling, exponential_rate, head_rate, share_of_limit
-    from ditnano.repro import pick_device
     device, limits, rows = pick_device(device), {} if limits is None else limits, []
     limits |= _measure_limits(device, limits)
     timed = bench_sampling([as_student(d) for d in designs], batch, backends, precisions, guidance, rounds, device)
@@ -349,7 +347,6 @@ def bench_frames(
     "Frame time: milliseconds of one image at a time, from noise to bytes."
     from ditnano.dit import DiT, randomize_weights
     from ditnano.latency import frame_time
-    from ditnano.repro import pick_device
     rows = []
     for cfg in map(as_student, designs):
         found = frame_time(randomize_weights(DiT(cfg), 1), backends, precisions, guidance, frames, pick_device(device))
@@ -367,7 +364,6 @@ def bench_records(
     models=(),            # (depth, width, heads) of GET models, timed without guidance
 )->list: # One dict per design and precision, with the folder of its record
     "Latencies of PyTorch on this machine as records, unless they are there."
-    from ditnano.lab.execute import latency_config, latency_run
     rows = []
     wanted = [('DiT', as_student(d), guidance) for d in designs] + [('GET', GETConfig(*m), 1.) for m in models]
     for (kind,cfg,scale),precision in product(wanted, precisions):
@@ -390,7 +386,6 @@ def speed_run(
     device:str='auto', # Where
 )->dict: # The record; its metrics are '<back-end> <precision> <what>', and the machine's limits
     "Time one design under every back-end in turns, without guidance, unless it is done."
-    from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
     machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
     config = {'student':as_student(design).to_dict(), 'backends':list(backends), 'batch':batch, 'rounds':rounds,
@@ -435,7 +430,6 @@ def export_run(
 )->dict: # The record; bytes, error and the extractor's metrics among its metrics
     "Write one file, measure it, and keep the record, unless it is done."
     from ditnano.deploy.export import weights_hash
-    from ditnano.repro import fingerprint, pick_device
     if file not in EXPORT_FILES: raise ValueError(f"file {file!r}; expected one of {', '.join(EXPORT_FILES)}")
     (model, trained), where = _load_or_random(student), fingerprint(pick_device('cpu'))
     name, samples = (Path(student).name if trained else 'random'), scale.samples if trained else 0
@@ -456,7 +450,6 @@ def sheet_run(
     "Draw with a trained student, unless that is done."
     from ditnano.deploy.export import weights_hash
     from ditnano.dit import DiT, find_student
-    from ditnano.repro import fingerprint, pick_device, read_config
     from ditnano.sampling import balanced_labels, sample, save_grid
     model, card = DiT.from_pretrained(name), read_config(find_student(name)).get('card') or {}
     made = card.get('config') or {}

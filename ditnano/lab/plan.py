@@ -20,13 +20,14 @@ from statistics import median
 
 import pandas as pd
 
-from ..config import DiTConfig, GETConfig, Scale, TrainConfig, load_scale
+from ..config import DiTConfig, GETConfig, Scale, TrainConfig, UNetConfig, load_scale
 from .evidence import evidence_folders, matching
 from .execute import run_label
 from .experiments import BASE, EXPERIMENTS, as_student, assistant_config, experiment_configs, scale_content
 from .runs import Run, read_result
 from .statistics import MIN_DEGREES_OF_FREEDOM
 from ..principles import count_flops, count_params
+from ..repro import pick_device
 
 # %% ../../nbs/lab/09_plan.ipynb #9ef905e6
 def _seconds_per_image(step, batch, device, repeats=2):
@@ -107,7 +108,6 @@ def measure_rates(
     "What one process reaches here, with one thread on a CPU."
     import torch
 
-    from ditnano.repro import pick_device
     device, threads = pick_device(device), torch.get_num_threads()
     if device.type=='cpu': torch.set_num_threads(1)
     rates = dict(loss=0., teacher=0., extractors=0.)
@@ -132,7 +132,6 @@ def teacher_flops(
     "The cost of one evaluation of a teacher."
     import torch
 
-    from ditnano.config import UNetConfig
     from ditnano.edm import EDMPrecond, load_teacher
     from ditnano.unet import SongUNet
     try: net = load_teacher(name)
