@@ -57,7 +57,7 @@ def figure(
 
 # %% ../../nbs/lab/08_figures.ipynb #17f6dc1e
 PROOF_LABEL = 'proof of path'           # Printed, behind the scale's name, on whatever ranks nothing
-PROOF_SCALES = ('smoke','cifar-path')  # Scales of which that is true
+PROOF_SCALES = ('quick','smoke','cifar-path')  # Scales of which that is true
 _TEX = {'\\':r'\textbackslash{}', '&':r'\&', '%':r'\%', '$':r'\$', '#':r'\#', '_':r'\_', '{':r'\{', '}':r'\}',
         '~':r'\textasciitilde{}',
         '^':r'\textasciicircum{}', '±':r'$\pm$', '·':r'$\cdot$', '×':r'$\times$', 'λ':r'$\lambda$'}
