@@ -33,7 +33,8 @@ from ..edm import load_teacher, save_teacher
 from ..images import ImageSet, load_images
 from .artefacts import DenoiseTask, TrainingRecipe, denoiser_config, sample_teacher, training_card
 from .experiments import EVAL_SEED
-from .lease import SAFETY, training_rate
+from .lease import SAFETY
+from .preflight import training_rate
 from ..latency import frame_time
 
 # %% ../../nbs/lab/14_product.ipynb #060f3bbd
