@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRECONDS', 'TEACHERS', 'READERS', 'Precond', 'EDMPrecond', 'VPPrecond', 'VEPrecond', 'iDDPMPrecond', 'augment',
-           'edm_loss', 'rho_schedule', 'sigma_steps', 'Denoiser', 'ode_derivative', 'heun_sampler', 'to_bytes',
-           'build_denoiser', 'save_teacher', 'check_weights', 'from_init_kwargs', 'load_teacher']
+           'edm_inputs', 'denoising_loss', 'edm_loss', 'rho_schedule', 'sigma_steps', 'Denoiser', 'ode_derivative',
+           'heun_sampler', 'to_bytes', 'build_denoiser', 'save_teacher', 'check_weights', 'from_init_kwargs',
+           'load_teacher']
 
 # %% ../nbs/21_edm.ipynb #e295feb4
 import contextlib
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import UNetConfig
-from .repro import WEIGHT_FILES, load_weights, save_weights, weights_dir
+from .repro import WEIGHT_FILES, load_weights, save_weights, to_device, weights_dir
 from .unet import NETWORKS, build_unet
 
 # %% ../nbs/21_edm.ipynb #e6a5c509
@@ -173,37 +174,64 @@ def augment(
     v, dev = _draw(len(images), p, generator), images.device
     labels = torch.stack([v['flip_x'], v['flip_y'], v['scale'], v['angle'].cos()-1, v['angle'].sin(),
                           v['stretch']*v['axis'].cos(), v['stretch']*v['axis'].sin(), *v['shift'].T], 1)
-    def chosen(k): return v[k].to(dev).bool()[:,None,None,None]
+    def chosen(k): return to_device(v[k].bool(), dev)[:,None,None,None]
     images = torch.where(chosen('flip_x'), images.flip(3), images)
     images = torch.where(chosen('flip_y'), images.flip(2), images)
-    moved = labels[:,2:].ne(0).any(1).nonzero()[:,0]
+    moved = labels[:,2:].ne(0).any(1).nonzero()[:,0]   # on the CPU, where its length is known
     if len(moved):
+        at = to_device(moved, dev)
         with torch.autocast(dev.type, enabled=False):   # places in bfloat16 are off by a tenth of a pixel
-            grid = F.affine_grid(_grid_matrix(v)[moved].to(dev), (len(moved),*images.shape[1:]), align_corners=False)
-            new = F.grid_sample(images[moved.to(dev)], grid, padding_mode='reflection', align_corners=False)
-        images = images.index_copy(0, moved.to(dev), new)
-    return images, labels.to(dev)
+            matrix = to_device(_grid_matrix(v)[moved], dev)
+            grid = F.affine_grid(matrix, (len(moved),*images.shape[1:]), align_corners=False)
+            new = F.grid_sample(images[at], grid, padding_mode='reflection', align_corners=False)
+        images = images.index_copy(0, at, new)
+    return images, to_device(labels, dev)
+
+# %% ../nbs/21_edm.ipynb #b3073bb6
+def edm_inputs(
+    net,                  # EDMPrecond, perhaps wrapped
+    images:torch.Tensor,  # Clean images (N, C, R, R) in [-1, 1]
+    labels=None,          # One-hot classes (N, K), or None
+    generator=None,       # CPU generator that decides augmentation, noise level and noise
+    augment_p:float=0.12, # Chance of each augmentation; unused where the network has no augmentation labels
+    randn=None,           # `randn(*shape, device=...)` draws the noise; default from the generator
+)->tuple: # Images, labels, noise levels (N,), noise (N, C, R, R), augmentation labels (N, 9) or None
+    "Everything that is drawn for one training step (EDM, Section 5)."
+    dev, augment_labels = images.device, None
+    if _unwrapped(net).cfg.augment_dim: images, augment_labels = augment(images, augment_p, generator)
+    sigma = to_device((torch.randn(len(images), generator=generator)*1.2 - 1.2).exp(), dev)
+    if randn: noise = randn(*images.shape, device=dev)
+    else: noise = to_device(torch.randn(images.shape, generator=generator), dev)
+    return images, labels, sigma, noise, augment_labels
+
+def _unwrapped(net): return getattr(net, 'module', net)   # several processes wrap the network
+
+def denoising_loss(
+    net,                 # EDMPrecond, in training mode
+    images:torch.Tensor, # Clean images (N, C, R, R), augmented
+    labels,              # One-hot classes (N, K), or None
+    sigma:torch.Tensor,  # Noise levels (N,)
+    noise:torch.Tensor,  # Unit normal (N, C, R, R)
+    augment_labels=None, # (N, 9), or None
+    reduce:bool=True,    # Mean over the batch; False gives one loss per image (N,)
+)->torch.Tensor:
+    "Weighted denoising error, mean over pixels (EDM, Section 5)."
+    out = net(images + sigma[:,None,None,None]*noise, sigma, labels, augment_labels)
+    weight = 1/sigma**2 + 1/_unwrapped(net).sigma_data**2
+    loss = weight*(out - images).square().mean((1,2,3))   # (N,)
+    return loss.mean() if reduce else loss
 
 # %% ../nbs/21_edm.ipynb #c8adfa8f
 def edm_loss(
     net,                  # EDMPrecond, in training mode
     images:torch.Tensor,  # Clean images (N, C, R, R) in [-1, 1]
     labels=None,          # One-hot classes (N, K), or None
-    generator=None,       # CPU generator that decides augmentation, noise level and noise
-    augment_p:float=0.12, # Chance of each augmentation; unused where the network has no augmentation labels
+    generator=None,       # As for `edm_inputs`, like the next
+    augment_p:float=0.12,
     reduce:bool=True,     # Mean over the batch; False gives one loss per image (N,)
-    randn=None,           # `randn(*shape, device=...)` draws the noise; default from the generator
 )->torch.Tensor:
     "Weighted denoising error at a random noise level, mean over pixels (EDM, Section 5)."
-    n, dev, augment_labels = len(images), images.device, None
-    inner = getattr(net, 'module', net)   # several processes wrap the network
-    if inner.cfg.augment_dim: images, augment_labels = augment(images, augment_p, generator)
-    sigma = (torch.randn(n, generator=generator)*1.2 - 1.2).exp().to(dev)
-    noise = randn(*images.shape, device=dev) if randn else torch.randn(images.shape, generator=generator).to(dev)
-    out = net(images + sigma[:,None,None,None]*noise, sigma, labels, augment_labels)
-    weight = 1/sigma**2 + 1/inner.sigma_data**2
-    loss = weight*(out - images).square().mean((1,2,3))   # (N,)
-    return loss.mean() if reduce else loss
+    return denoising_loss(net, *edm_inputs(net, images, labels, generator, augment_p), reduce=reduce)
 
 # %% ../nbs/21_edm.ipynb #76cd6534
 def rho_schedule(
@@ -343,7 +371,7 @@ def _read_net(where, d):
 
 # %% ../nbs/21_edm.ipynb #21a7f9ac
 TEACHERS = ('digits32','cifar16','cifar10-small','cifar10-7m','edm-cifar10-vp')
-READERS = {  # A name, an ending, or a file in a folder -> the function that reads it
+READERS = {  # A name, an ending, or a file in a folder -> the function that reads it, or its path
     'edm-cifar10-vp':'ditnano.interop.nvidia:load_released',
     **dict.fromkeys(('.pkl','.pt','.pth'), 'ditnano.interop.nvidia:load_released'),
     **dict.fromkeys(('model_index.json','scheduler_config.json','diffusion_pytorch_model.safetensors','hf:'),
@@ -357,6 +385,7 @@ def _reader(name):
     asked = {'hf:' if str(name).startswith('hf:') else str(name)}
     key = None if files>=set(WEIGHT_FILES) else next((k for k in READERS if k in files | asked), None)
     if key is None: return None
+    if callable(READERS[key]): return READERS[key]
     module, _, function = READERS[key].partition(':')
     return getattr(importlib.import_module(module), function)
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from . import edm
-from .config import PRECISIONS
+from .config import TRAIN_PRECISIONS
 from ditnano.repro import (
     atomic,
     cache_dir,
@@ -36,6 +36,7 @@ from ditnano.repro import (
     file_hash,
     lock,
     noise_and_labels,
+    own_hash,
     parse_seeds,
     pick_device,
     read_json,
@@ -67,8 +68,8 @@ def pairs_recipe(
     "What decides the content of a set of pairs (EDM's sampler settings; no churn)."
     if image_dtype not in DTYPES: raise ValueError(f"image_dtype {image_dtype!r}: expected 'fp32' or 'fp16'")
     if steps<1: raise ValueError(f"steps={steps}: expected 1 or more")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision not in TRAIN_PRECISIONS:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(TRAIN_PRECISIONS)}")
     reduced = {} if precision=='fp32' else {'precision':precision}
     return {'format':1, 'teacher':{'name':name, 'sha256':teacher_hash(net)}, 'image_dtype':image_dtype,
             'sampler':{'kind':'heun', 'steps':steps, 'sigma_min':0.002, 'sigma_max':80, 'rho':7, **reduced},
@@ -168,6 +169,10 @@ def _write_shard(out, tensors, lo, hi, **facts):
             **facts}
 
 # %% ../nbs/24_pairs.ipynb #2413f478
+_ENTRIES = {'recipe','layout','seeds','shards'}
+
+def _write_manifest(out, m): write_json(out/'manifest.json', m | {'sha256':own_hash(m)})
+
 def _are_ints(v, count, low, high=2**63):
     return isinstance(v, list) and len(v)==count and all(type(k) is int and low<=k<high for k in v)
 
@@ -190,7 +195,10 @@ def read_manifest(
     path = Path(folder)/'manifest.json'
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_get_pairs")
-    m, whole = read_json(path), False
+    m = read_json(path)
+    own, whole = m.pop('sha256', None), False   # manifests of earlier versions have none
+    if not set(m)<=_ENTRIES or own not in (None, own_hash(m)):
+        raise ValueError(f"{path}: damaged or altered; expected the entries that hash to its sha256")
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError): whole = _is_manifest(m)
     if not whole: raise ValueError(f"{path}: not a manifest of pairs; expected what make_pairs writes")
     return m
@@ -277,12 +285,12 @@ def write_pairs(
         m = _open_manifest(out, recipe, layout, a, b)
         here = [s for s in m['shards'] if (out/s['file']).is_file() and (out/s['file']).stat().st_size==s['bytes']]
         todo = _missing(here, *m['seeds'], layout['shard'])
-        write_json(out/'manifest.json', m | {'shards':here})
+        _write_manifest(out, m | {'shards':here})
         make = ready() if todo else None
         for i,(lo,hi) in enumerate(todo):
             start = time.perf_counter()
             here = sorted([*here, _write_shard(out, make(lo, hi), lo, hi, **facts)], key=lambda s:s['seeds'])
-            write_json(out/'manifest.json', m | {'shards':here})
+            _write_manifest(out, m | {'shards':here})
             rate, where = (hi-lo)/(time.perf_counter()-start), f" on {facts['device']}" if 'device' in facts else ''
             if log: log(f"shard {i+1} of {len(todo)}: {_position_word(recipe)} {lo}-{hi-1}, {rate:.1f} images/s{where}")
     return out

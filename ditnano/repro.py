@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'parse_seeds',
            'content_hash', 'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json',
-           'is_system_file', 'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock', 'cache_dir',
-           'data_dir', 'weights_dir', 'torch_home', 'repo_root', 'project_folder', 'project_root', 'runs_dir',
-           'figures_dir', 'list_models', 'pick_device', 'exact_convolutions', 'import_guarded', 'library_versions',
-           'code_version', 'fingerprint']
+           'own_hash', 'is_system_file', 'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock',
+           'cache_dir', 'data_dir', 'weights_dir', 'torch_home', 'repo_root', 'project_folder', 'project_root',
+           'runs_dir', 'figures_dir', 'list_models', 'pick_device', 'to_device', 'exact_convolutions', 'import_guarded',
+           'library_versions', 'code_version', 'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib
@@ -25,6 +25,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -66,7 +67,7 @@ def derive_seed(
     "A seed that depends on all `parts` and on nothing else."
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], 'little')
 
-# %% ../nbs/00_repro.ipynb #6a8ff4e1
+# %% ../nbs/00_repro.ipynb #c4f33dac
 def parse_seeds(
     text:str, # First and last seed, as in 0-39, or one seed
 )->range:
@@ -204,13 +205,16 @@ def _move_into_place(tmp, path):
 # %% ../nbs/00_repro.ipynb #e6ba6261
 _cleaned:set[Path] = set()
 
-def _named_write_error(path, e):
-    "An error of writing with the file's name, which neither `write` nor safetensors gives; others as they are."
-    if isinstance(e, OSError): text, named = e.strerror, e.filename
-    else: text, named = str(e), type(e).__name__!='SafetensorError'
-    if named or not text: return e
-    number = errno.ENOSPC if 'No space left' in text else getattr(e, 'errno', None) or errno.EIO
-    return OSError(number, f"{text}; nothing was written, what was there is kept", str(path))
+@contextlib.contextmanager
+def _naming(path):
+    "An error of the operating system while a file is written names the file."
+    try: yield
+    except OSError as e:
+        if e.filename is not None or not e.errno: raise
+        raise type(e)(e.errno, f"{e.strerror}; not written", str(path)) from e
+    except Exception as e:
+        if type(e).__name__!='SafetensorError': raise   # without an import of safetensors
+        raise OSError(f"{path}: not written ({e})") from e
 
 @contextlib.contextmanager
 def atomic(
@@ -224,13 +228,11 @@ def atomic(
     mode = _file_mode(path.parent)
     tmp = path.parent/f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        yield tmp
-        _finish(tmp, mode, sync)
-        _move_into_place(tmp, path)
-        if sync: _flush(path.parent)
-    except Exception as e:
-        if (named := _named_write_error(path, e)) is e: raise
-        raise named from None
+        with _naming(path):
+            yield tmp
+            _finish(tmp, mode, sync)
+            _move_into_place(tmp, path)
+            if sync: _flush(path.parent)
     finally: _remove(tmp)
 
 # %% ../nbs/00_repro.ipynb #9274f9b9
@@ -251,6 +253,12 @@ def read_json(
         raise ValueError(f"{path}: not JSON ({e}); expected a whole file") from None
     if not isinstance(found, dict): raise ValueError(f"{path}: holds a {type(found).__name__}; expected a JSON object")
     return found
+
+def own_hash(
+    entries:dict[str,Any], # What a file holds, perhaps with this hash as `sha256`
+)->str: # SHA-256, 64 hexadecimal digits
+    "Hash of all entries but `sha256`, which a file carries to be compared when it is read."
+    return content_hash({k:v for k,v in entries.items() if k!='sha256'}, 64)
 
 def is_system_file(
     name:str, # A file's name
@@ -347,6 +355,22 @@ def _lock_lost(loss):
     risk = "another process may write the same folder"
     warnings.warn(f"{loss.lock_file}: the lock was lost ({loss.reason}); {risk}", stacklevel=2)
 
+def _give_up_empty(path):
+    "An old lock without a word in it was left by a crash; with a word that is no record, it can be taken over."
+    with contextlib.suppress(OSError), open(path, 'r+b') as f:
+        s = os.fstat(f.fileno())
+        if s.st_size==0 and time.time()-s.st_mtime>=LOCK_EXPIRY_S: f.write(b'abandoned')
+
+def _acquire(lease, path, wait):
+    "Wait for the lock; a few seconds at a time, to look for one that a crash left empty."
+    from filelock import Timeout
+    deadline = time.monotonic()+wait
+    while True:
+        _give_up_empty(path)
+        try: return lease.acquire(timeout=min(5, max(0, deadline-time.monotonic())), poll_interval=0.25)
+        except Timeout:
+            if time.monotonic()>=deadline: raise
+
 @contextlib.contextmanager
 def lock(
     path:str|os.PathLike[str], # The lock's own file, e.g. `folder/'.lock'`
@@ -362,7 +386,7 @@ def lock(
     try: lease.acquire(timeout=0)
     except Timeout:
         if wait>0: log(f"{what}: {_lock_owner(lease)} holds it; waiting")
-        try: lease.acquire(timeout=-1 if math.isinf(wait) else wait, poll_interval=0.25)
+        try: _acquire(lease, path, wait)
         except Timeout:
             raise TimeoutError(f"{what}: {_lock_owner(lease)} holds it; expected it to end within {wait:g} s") from None
     except OSError as e: raise _unwritable(path.parent, e) from None
@@ -466,6 +490,15 @@ def pick_device(
     if kind not in available: raise ValueError(f"device {name!r}: expected auto, cpu, cuda or mps")
     if not available[kind]: raise RuntimeError(f"device {name!r} is not available; cpu is")
     return torch.device(name)
+
+# %% ../nbs/00_repro.ipynb #f3fec07f
+def to_device(
+    x:"torch.Tensor",      # Anywhere
+    device:"torch.device", # Where it is wanted
+)->"torch.Tensor": # The same tensor if it is there
+    "A tensor on a device; the way to a GPU leads through pinned memory, so that the program does not wait for it."
+    if device.type=='cuda' and x.device.type=='cpu': return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 # %% ../nbs/00_repro.ipynb #dc56e7a3
 @contextlib.contextmanager

@@ -187,6 +187,7 @@ def build_sampler(
     @torch.no_grad()
     def step(x, y, z0=None): return call(x, y) if z0 is None else call(x, y, z0)
     step.device,step.fixed_batch = target_device,backend=='compiled'
+    step.recorded = lambda: any(getattr(call, 'captures', {}).values())   # whether a CUDA graph is replayed
     return step
 
 # %% ../nbs/40_sampling.ipynb #216174bf

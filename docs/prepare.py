@@ -135,7 +135,7 @@ def main():
     pages = notebooks()
     for path, page in pages.items(): page_of(path, page)
     for name in modules(): write(SITE/'api'/f'{name}.md', api(name))
-    keep = shutil.ignore_patterns('*.safetensors', 'evidence', 'smoke', '*.tex')
+    keep = shutil.ignore_patterns('*.safetensors', 'smoke', '*.jsonl')   # all that paper_figures/index.html links to
     for name in FILES:
         source = ROOT/name
         if source.is_dir(): shutil.copytree(source, SITE/name, ignore=keep)

@@ -15,6 +15,7 @@ from ..flow import flow_noise, flow_point, model_timestep
 from ..get import GET, fixed_point_correction_loss
 from ..losses import Loss, get_loss
 from ..pairs import PairDataset
+from ..repro import to_device
 from ..train import Step
 
 # %% ../../nbs/distill/00_base.ipynb #713c1d24
@@ -59,7 +60,8 @@ class GETRecipe:
 
     def label_drop_mask(self, step:Step, device)->torch.Tensor:
         "Which labels this step replaces by null (N,)."
-        return (step.shard(torch.rand(step.batch, generator=step.generator))<self.model.cfg.label_dropout).to(device)
+        drawn = step.shard(torch.rand(step.batch, generator=step.generator))
+        return to_device(drawn<self.model.cfg.label_dropout, device)
 
 # %% ../../nbs/distill/00_base.ipynb #ffd03c60
 def _check_compatible(recipe, student, pairs):
@@ -70,7 +72,7 @@ def _check_compatible(recipe, student, pairs):
     shape, classes = tuple(pairs.recipe['shape']), pairs.recipe['classes']
     own = (student.channels, student.image_size, student.image_size)
     if shape!=own: raise ValueError(f"pairs of shape {shape}; expected {own} as the student's")
-    if student.classes and classes!=student.classes:
+    if student.classes and max(1, classes)!=student.classes:   # without classes, every label is 0
         raise ValueError(f"pairs of {classes} classes; expected the student's {student.classes}")
 
 # %% ../../nbs/distill/00_base.ipynb #463d3ffc
@@ -83,7 +85,7 @@ def sample_start(
     "Training input of a k-step student: noise, or a noisy image of the teacher."
     if k==1: return z, torch.zeros(len(z), device=z.device)
     t = 1-step.shard(torch.randint(k, (step.batch,), generator=step.generator))/k
-    t = t.to(z.device)
+    t = to_device(t, z.device)
     point = flow_point(x, flow_noise(x, z), t).to(z.dtype)
     return torch.where((t==1)[:,None,None,None], z, point), model_timestep(t)
 

@@ -27,7 +27,7 @@ from ..dit import DiT, randomize_weights
 from ..losses import Loss
 from ..pairs import PairDataset, ensure_pairs
 from ..repro import pick_device
-from ..train import prepare_training, train_step
+from ..train import RECORD_AFTER, make_graphed_step, prepare_training, train_step
 
 # %% ../../nbs/distill/04_recipes.ipynb #32a8bd26
 RECIPES = {r.name:r for r in (GETRecipe, DMDRecipe, TARecipe, MI1Recipe, GETModelRecipe)}
@@ -82,14 +82,16 @@ def _memory_bytes(device, field):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
 
 def _step_times(task, how, device, seconds):
+    "Seconds of steps as `fit` makes them, and whether they were recorded; the first ones are left out."
     accelerator, state = prepare_training(task, how, device.type)
     state.model.train()
-    taken, end = [], time.monotonic()+seconds
-    while len(taken)<5 or time.monotonic()<end:
+    graphed = make_graphed_step(task, how, state, accelerator)
+    first, taken, end = RECORD_AFTER+2 if graphed else 2, [], time.monotonic()+seconds
+    while len(taken)<first+3 or time.monotonic()<end:
         begin = time.perf_counter()
-        train_step(state, task, how, accelerator).item()
+        train_step(state, task, how, accelerator, graphed_step=graphed).item()
         taken.append(time.perf_counter()-begin)
-    return taken[2:]
+    return taken[first:], state.recorded
 
 # %% ../../nbs/distill/04_recipes.ipynb #99902dc3
 def measure_in_this_process(
@@ -104,10 +106,10 @@ def measure_in_this_process(
     extra = {'dmd':request['teacher'], 'ta':randomize_weights(DiT(DiTConfig(*request['assistant'])))}.get(recipe)
     task = make_recipe(recipe, cfg, pairs, request['loss'], 0, extra, **request['options'])
     how = TrainConfig(images=10**9, batch=request['batch'], precision=request['precision'])
-    median = statistics.median(_step_times(task, how, device, request['seconds']))
+    taken, recorded = _step_times(task, how, device, request['seconds'])
     trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    return {'images_per_s':request['batch']/median, 'peak_mb':_memory_bytes(device,'VmHWM')/1e6,
-            'before_mb':before/1e6, 'trainable':trainable}
+    return {'images_per_s':request['batch']/statistics.median(taken), 'peak_mb':_memory_bytes(device,'VmHWM')/1e6,
+            'before_mb':before/1e6, 'trainable':trainable} | ({'recorded':1} if recorded else {})
 
 # %% ../../nbs/distill/04_recipes.ipynb #14770fd0
 def recipe_cost(
@@ -121,7 +123,7 @@ def recipe_cost(
     assistant:tuple[int,int,int]=(4,128,8), # Design of the extra network of 'ta'
     seconds:float=3,       # Timed at least so long, and 3 steps
     device:str='auto',     # Where
-)->dict[str,float]: # images_per_s, peak_mb, before_mb, trainable
+)->dict[str,float]: # images_per_s, peak_mb, before_mb, trainable; recorded, if the steps were
     "Training speed and peak memory of one recipe, measured in a process of its own."
     request = dict(recipe=recipe, student=student.to_dict(), options=options or {}, loss=loss, batch=batch,
                    precision=precision, teacher=teacher, assistant=list(assistant), seconds=seconds, device=device)

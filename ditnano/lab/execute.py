@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config import GETConfig, TrainConfig
 from .experiments import as_student, assistant_config
 from .runs import Run, read_result, run_once
-from ..repro import atomic, write_json
+from ..repro import atomic, fingerprint, pick_device, write_json
 
 # %% ../../nbs/lab/02_execute.ipynb #46cd0155
 class TimeLimitReached(Exception):
@@ -34,7 +34,7 @@ def _rank(): return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SI
 
 def _broadcast(value, device):
     if _rank()[1]==1: return value
-    from ditnano.train import broadcast_from_rank0
+    from ditnano.ranks import broadcast_from_rank0
     return broadcast_from_rank0(value, device)
 
 def _ensure_pairs(name, count, steps, device, deadline, precision='fp32'):
@@ -219,7 +219,6 @@ def distill_run(
 # %% ../../nbs/lab/02_execute.ipynb #4cfd2028
 def _run_rank0(train, config, folder, scale, device):
     "What the first process does, or the only one."
-    from ditnano.repro import fingerprint, pick_device
     shutil.rmtree(folder/'parts', ignore_errors=True)   # of an attempt that ended while it was judged
     with _failure_noted(folder):
         (student, seconds), where = train(), fingerprint(pick_device(device))
@@ -260,7 +259,6 @@ def latency_config(
     device:str='auto',     # Where
 )->dict: # JSON-able
     "Everything that decides a latency."
-    from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
     machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
     return {'student':as_student(design).to_dict(), 'batch':batch, 'batches':batches, 'guidance':float(guidance),
@@ -280,7 +278,7 @@ def latency_run(
     student, device = as_student(config['student']), config['machine']['device']
     model = (GET if isinstance(student, GETConfig) else DiT)(student)
     def compute(folder):
-        patience = 6 if config['batches']<5 else 60   # seconds; a big design on a CPU needs them to settle
+        patience = 3 if config['batches']<5 else 60   # seconds; a big design on a CPU needs them to settle
         timed = time_sampling(randomize_weights(model), config['batch'], 50_000, config['batches'], config['guidance'],
                               config['precision'], device=device, max_seconds=patience)
         return {'latency':timed, 'samples':config['batch']*config['batches'], 'device':timed['card']}

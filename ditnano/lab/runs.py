@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING
 
 from ..config import DiTConfig, GETConfig
 from ..principles import count_params
-from ..repro import atomic, code_version, content_hash, library_versions, lock, read_json, write_json
+from ditnano.repro import (
+    atomic,
+    code_version,
+    content_hash,
+    library_versions,
+    lock,
+    own_hash,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -95,18 +104,14 @@ def read_result(
     again = 'expected what run_once writes; move the folder away to run again'
     if missing := sorted({'key','kind','config','metrics'}-set(record)):
         raise ValueError(f"{path}: no {missing[0]!r}; {again}")
-    try: key, seal = run_key(record['config']), _seal(record)
+    try: key, seal = run_key(record['config']), own_hash(record)
     except ValueError as e: raise ValueError(f"{path}: damaged or altered ({e}); {again}") from None
     if key!=record['key']: raise ValueError(f"{path}: its config does not hash to its key {record['key']!r}; {again}")
     if record.get('sha256', seal)!=seal: raise ValueError(f"{path}: damaged or altered since it was written; {again}")
     return record
 
-def _seal(record):
-    "Hash of all entries of a record but the hash itself."
-    return content_hash({k:v for k,v in record.items() if k!='sha256'}, 64)
-
 def _write_result(folder, record):
-    record['sha256'] = _seal(record)
+    record['sha256'] = own_hash(record)
     write_json(folder/'result.json', record)
     return record
 

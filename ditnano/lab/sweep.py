@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .execute import NOT_STARTED, HeldElsewhere, TimeLimitReached, distill_run, run_label
-from .processes import Children, end_with_parent, sigterm_interrupts
+from .processes import Children, RunsInProgress, end_with_parent, sigterm_interrupts
 from .runs import Run, read_result
+from ..repro import pick_device
 
 # %% ../../nbs/lab/04_sweep.ipynb #8e2bee8b
 # Seconds before the limit at which training stops, so that evaluation ends in time; a tenth of a shorter limit
@@ -59,7 +60,8 @@ def _child_environment(workers):
 
 class _LocalProcesses:
     "Computes runs in processes of their own, `workers` at a time."
-    def __init__(self, workers, margin): self.workers, self.margin, self.children = workers, margin, Children()
+    def __init__(self, workers, margin, progress):
+        self.workers, self.margin, self.progress, self.children = workers, margin, progress, Children()
 
     def __call__(self, config, root, scale, device, minutes, wait):
         folder = Run(root, 'distill', config).folder
@@ -69,7 +71,9 @@ class _LocalProcesses:
         job = {'run':[config, str(root), scale, device], 'until':until, 'wait':min(wait, 1e9), 'parent':os.getpid()}
         pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         process = self.children.start([sys.executable, '-c', _PROGRAM], env=_child_environment(self.workers), **pipe)
-        try: out, err = process.communicate(json.dumps(job), timeout=limit)
+        try:
+            with self.progress.running(folder, run_label(config)):
+                out, err = process.communicate(json.dumps(job), timeout=limit)
         except subprocess.TimeoutExpired:
             return 'ended at the limit during evaluation or waiting, resumes at the next call'
         finally: self.children.end(process)
@@ -88,7 +92,8 @@ def _resumable_first(configs, root):
 class _Queue:
     "Runs to do, their outcomes in the order of the runs, and what went wrong."
     def __init__(self, configs, root, log):
-        self.configs, self.root, self.log, self.lock = configs, root, log, threading.Lock()
+        self.progress = RunsInProgress(log)
+        self.configs, self.root, self.log, self.lock = configs, root, self.progress.log, threading.Lock()
         self.todo, self.outcomes, self.failures = deque(enumerate(configs)), {}, {}
         self.held = {}   # number of a run that another process held when it was tried: who
 
@@ -121,7 +126,7 @@ def _short_result(record):
 # %% ../../nbs/lab/04_sweep.ipynb #c2172d18
 def _work_locally(queue, compute, local):
     "Workers take runs from the queue; an interruption ends their processes before it goes on."
-    with ThreadPoolExecutor(local.workers) as pool:
+    with local.progress, ThreadPoolExecutor(local.workers) as pool:
         try:
             for worker in [pool.submit(queue.work, compute) for _ in range(local.workers)]: worker.result()
         except BaseException:
@@ -129,7 +134,6 @@ def _work_locally(queue, compute, local):
             raise
 
 def _default_workers(device):
-    from ditnano.repro import pick_device
     return 1 if pick_device(device).type=='cuda' else os.cpu_count() or 1
 
 # %% ../../nbs/lab/04_sweep.ipynb #f8d1967d
@@ -271,7 +275,7 @@ def sweep(
     def inline(config, wait):
         return _run_one(config, root, scale, device, _minutes_left(deadline), math.inf if world>1 else wait)
     workers = workers or (_default_workers(device) if executor=='processes' else 1)
-    local = _LocalProcesses(workers, _shutdown_margin(minutes))
+    local = _LocalProcesses(workers, _shutdown_margin(minutes), queue.progress)
     def in_process(config, wait): return local(config, root, scale, device, _minutes_left(deadline), wait)
     try:
         with sigterm_interrupts():

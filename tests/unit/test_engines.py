@@ -175,3 +175,13 @@ def test_cuda_graph_module_captures_once_per_shape():
             torch.testing.assert_close(quick(x[part], y[part]), step(x[part], y[part]))
         torch.testing.assert_close(first, step(x[:8], y[:8])) # a later replay leaves it unchanged
     assert captured==[8,3]
+
+
+def test_cuda_graph_module_falls_back_with_one_line():
+    cfg = DiTConfig(1, 16, 4, image_size=16)
+    step, (x, y) = OneStep(student(cfg)), inputs(cfg, 4)
+    def capture(fn, static_inputs): raise RuntimeError('operation not permitted when stream is capturing\nmore')
+    quick = CudaGraphModule(step, capture)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r'^not recorded \(operation .*capturing\)') as w:
+        for _ in range(2): torch.testing.assert_close(quick(x, y), step(x, y))
+    assert len(w)==1 and not any(quick.captures.values())

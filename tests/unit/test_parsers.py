@@ -21,19 +21,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from ditnano import cli, config, pairs, train
+from ditnano import cli, config, pairs
 from ditnano.deploy import jetson, runner
 from ditnano.images import CIFAR_CLASSES, decode_picture, load_images
 from ditnano.interop.checkpoint import read_checkpoint
 from ditnano.interop.get_pairs import GETPairs
 from ditnano.interop.nvidia import from_init_kwargs
 from ditnano.interop.pictures import held_out
-from ditnano.lab.lease import parse_size
+from ditnano.lab.packs import parse_size
 from ditnano.lab.runs import read_result, run_once
 from ditnano.lab.sweep import slurm_settings
-from ditnano.metrics import Statistics, load_statistics, save_statistics
+from ditnano.metrics import load_statistics
 from ditnano.principles import parse_count
 from ditnano.repro import load_weights, read_json, save_weights
+from ditnano.state import read_history
 
 few = settings(max_examples=25)
 WORDS = (st.text(st.characters(codec='utf-8'), max_size=20)
@@ -205,7 +206,7 @@ def test_an_edited_record_is_refused(record, data):
     assume(other != made)
     with folder() as d, named('result.json', 'expected'):
         (Path(d)/'result.json').write_text(json.dumps(other))
-        assert 'sha256' not in read_result(d)      # a record from before records were sealed
+        assert 'sha256' not in read_result(d)      # a record from before records had a hash
 
 
 HISTORY = ''.join(json.dumps({'step': n, 'loss': 0.5, 'seconds': 1.0})+'\n' for n in (1, 2, 3)).encode()
@@ -215,7 +216,7 @@ HISTORY = ''.join(json.dumps({'step': n, 'loss': 0.5, 'seconds': 1.0})+'\n' for 
 def test_a_history_is_read_or_its_line_named(content):
     with folder() as d, named('history.jsonl'):
         (Path(d)/'history.jsonl').write_bytes(content)
-        assert all(isinstance(line, dict) for line in train.read_history(d))
+        assert all(isinstance(line, dict) for line in read_history(d))
 
 
 @pytest.fixture(scope='module')
@@ -304,7 +305,7 @@ def test_pairs_of_get_are_read_or_named(side, data):
 
 
 def statistics(d):
-    save_statistics(Path(d)/'s.npz', Statistics(np.zeros(2), np.eye(2), 5))
+    np.savez(Path(d)/'s.npz', mu=np.zeros(2), sigma=np.eye(2), n=5)
     return (Path(d)/'s.npz').read_bytes()
 
 

@@ -4,10 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditnano.config import TrainConfig
+from ditnano.config import TrainConfig, UNetConfig
+from ditnano.edm import augment
+from ditnano.images import load_images, to_unit
+from ditnano.lab.artefacts import DenoiseTask
+from ditnano.state import read_history
 from ditnano.train import (
     DeviceBatches,
     GraphedStep,
@@ -18,7 +24,6 @@ from ditnano.train import (
     fit,
     learning_rate,
     prepare_training,
-    read_history,
     supports_graph_capture,
     train_step,
     update_ema,
@@ -42,12 +47,6 @@ class Line:
     def loss_from_inputs(self, model, x, y, noise): return (model(x+0.1*noise)-y).square().mean()
 
     def loss(self, model, batch, step): return self.loss_from_inputs(model, *self.inputs(batch, step))
-
-
-class NoDropout(Line):
-    def __init__(self):
-        super().__init__()
-        del self.model[3]
 
 
 class OnlyLoss(Line):
@@ -179,21 +178,80 @@ def lying(fn, restore):
 def test_a_recorded_step_trains_as_an_eager_one(capture, clip, capsys):
     cfg, finals = TrainConfig(images=16*12, batch=16, lr=1e-2, warmup=64, clip=clip), []
     for how in (None, capture):
-        task = NoDropout()
+        task = Line()
         accelerator, state = prepare_training(task, cfg, 'cpu')
         state.model.train()
         graphed = how and GraphedStep(task, cfg, state, how, warmup_steps=3)
         losses = [train_step(state, task, cfg, accelerator, graphed_step=graphed).item() for _ in range(12)]
         finals.append(({k: v.clone() for k, v in state.model.state_dict().items()}, losses))
     assert ('step not recorded' in capsys.readouterr().err) == (capture is not replaying)
+    assert state.recorded == (capture is replaying)
     (eager, eager_losses), (recorded, recorded_losses) = finals
     if capture is replaying: assert graphed.replay is not None
     assert_same(eager, recorded)
     assert eager_losses == recorded_losses
 
 
+UNET = UNetConfig(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,), dropout=0.13)
+DENOISE = TrainConfig(images=32, batch=8, lr=1e-3, clip=1.0, warmup=16)
+
+
+def denoiser(unet=UNET, kind=DenoiseTask): return kind(unet, load_images('digits32'), augment_p=0.4)
+
+
+class OneFormula(DenoiseTask):
+    "The loss of the denoiser as one formula, draws and all, as it was before it had two halves."
+    def loss(self, model, batch, step):
+        x, given = to_unit(batch[0]).to(memory_format=torch.channels_last), ()
+        if model.cfg.augment_dim: x, *given = augment(x, self.augment_p, step.generator)
+        sigma = (torch.randn(len(x), generator=step.generator)*1.2-1.2).exp()
+        noise = torch.randn(x.shape, generator=step.generator)
+        out = model(x+sigma[:, None, None, None]*noise, sigma, F.one_hot(batch[1], 10), *given)
+        return ((1/sigma**2+1/model.sigma_data**2)*(out-x).square().mean((1, 2, 3))).mean()
+
+
+@pytest.mark.parametrize('augment_dim, precision', [(9, 'fp32'), (0, 'bf16')])
+def test_a_denoiser_trains_as_ever_and_recorded_too(augment_dim, precision):
+    cfg, finals = replace(DENOISE, precision=precision), []
+    for kind, capture in ((OneFormula, None), (DenoiseTask, None), (DenoiseTask, replaying)):
+        task = denoiser(replace(UNET, augment_dim=augment_dim), kind)
+        accelerator, state = prepare_training(task, cfg, 'cpu')
+        state.model.train()
+        graphed = capture and GraphedStep(task, cfg, state, capture, warmup_steps=1)
+        losses = [train_step(state, task, cfg, accelerator, graphed_step=graphed).item() for _ in range(4)]
+        finals.append((dict(state.ema_model().state_dict()), losses, state.recorded))
+    (old, old_losses, _), *others = finals
+    for new, losses, _ in others:
+        assert_same(old, new)
+        assert losses == old_losses
+    assert [f[2] for f in finals] == [False, False, True]
+
+
+class OnDevice(TorchDispatchMode):
+    "Refuses what a recording cannot hold: results that the program reads, and tensors of another device."
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        assert name not in ('_local_scalar_dense', 'nonzero'), name
+        assert name != '_to_copy' or 'device' not in (kwargs or {}), name
+        for t in torch.utils._pytree.tree_leaves((args, kwargs)):
+            assert not torch.is_tensor(t) or t.device.type == 'meta' or t.dim() == 0, f'{name}: {t.device}'
+        return op(*args, **(kwargs or {}))
+
+
+def test_the_recorded_half_of_a_denoiser_stays_on_its_device():
+    "By a device without numbers: whatever reads a value, or brings one from the CPU, is an error there."
+    task = denoiser()
+    task.loss_from_inputs(task.model, *task.inputs(task.batch(torch.arange(4)), Step(0, 4, 0)))   # tables are made once
+    inputs = [t.to('meta') for t in task.inputs(task.batch(torch.arange(4)), Step(0, 4, 0))]
+    task.model.to('meta')
+    with OnDevice(): task.loss_from_inputs(task.model, *inputs).backward()
+    assert all(p.grad is not None for p in task.model.parameters() if p.requires_grad)
+    with OnDevice(), pytest.raises(AssertionError): inputs[0]+torch.zeros(4, 1, 1, 1)
+
+
 def test_which_tasks_can_be_recorded():
-    assert [supports_graph_capture(t) for t in (Line(), OnlyLoss())] == [True, False]
+    assert [supports_graph_capture(t) for t in (Line(), OnlyLoss(), denoiser(), denoiser(kind=OneFormula))] == [
+        True, False, True, False]
 
 
 @pytest.mark.slow
