@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+# %% ../../nbs/lab/11_artefacts.ipynb #0f1a2b3c
 from ..classifier import Classifier, save_classifier
 from ..config import SIZES, TrainConfig, UNetConfig, load_scale
 from ..dit import DiT
