@@ -200,7 +200,8 @@ def edm_inputs(
     dev, augment_labels = images.device, None
     if _unwrapped(net).cfg.augment_dim: images, augment_labels = augment(images, augment_p, generator)
     sigma = to_device((torch.randn(len(images), generator=generator)*1.2 - 1.2).exp(), dev)
-    noise = randn(*images.shape, device=dev) if randn else to_device(torch.randn(images.shape, generator=generator), dev)
+    if randn: noise = randn(*images.shape, device=dev)
+    else: noise = to_device(torch.randn(images.shape, generator=generator), dev)
     return images, labels, sigma, noise, augment_labels
 
 def _unwrapped(net): return getattr(net, 'module', net)   # several processes wrap the network

@@ -204,7 +204,7 @@ def publish_figure_records(
     return len(kept)
 
 # %% ../../nbs/lab/06_evidence.ipynb #dd00ce5a
-TIMED_SIZE, TIMED_BATCH = 32, 128  # Pixels on a side of the images, and images at once, of the paper's and our latencies
+TIMED_SIZE, TIMED_BATCH = 32, 128  # Image side in pixels, and images at once, of the paper's and our latencies
 _SETTINGS = ('batch','batches','guidance','precision','backend','attention','size')
 LATENCY_COLUMNS = ['seconds_50k','p50_ms','p90_ms','p99_ms', *(f'latency_{k}' for k in _SETTINGS), 'card']
 
