@@ -27,7 +27,7 @@ import tyro
 
 from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
-from .deploy.jetson import table
+from .deploy.jetson import text_table
 from .principles import parse_count, propose
 from .repro import repo_root, runs_dir, write_json
 
@@ -514,7 +514,7 @@ def bench(
     ways, kinds = backends.split(','), precisions.split(',')
     guided = (1.5 if what in ('frame', 'record') else 1.) if guidance is None else guidance
     if what=='tables':
-        print(table(b.bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device)))
+        print(text_table(b.bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device)))
     if what=='train' and busy: rows = b.bench_busy(busy, students[0], batch or 32, rounds, loss)
     elif what=='train': rows = b.bench_train(students, batch or 32, rounds, loss, device)
     elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
@@ -526,7 +526,7 @@ def bench(
     else:
         designs = b.TABLE_2 if what=='tables' else students
         rows = b.bench_tables(designs, ways, batch or 128, rounds, guided, kinds, device)
-    print(table(rows))
+    print(text_table(rows))
     if out: _write_rows(rows, out)
 
 # %% ../nbs/50_cli.ipynb #002292c6
@@ -588,7 +588,7 @@ def _verify(folder, device):
     from ditnano.lab.execute import VERIFY_TOLERANCE, verify
     from ditnano.train import Progress
     with tempfile.TemporaryDirectory() as root: found = verify(folder, root, device, Progress('verify'))
-    print(table([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']}
+    print(text_table([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']}
                  for k, v in found.items()]))
     if wrong := [k for k, v in found.items() if not v['within']]:
         raise RuntimeError(f"{folder.name}: {wrong[0]} differs by more than {VERIFY_TOLERANCE:g}; "
@@ -656,13 +656,13 @@ def _list_best(runs, out):
     _, found, _ = load_runs('smoke', runs or '', out or '')
     best = {e:best_scale(found, e) for e in EXPERIMENT_FILTERS}
     print(f"computed here: {', '.join(MEASURED_HERE)}; only drawn, from the best that has been run:")
-    print(table([{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))} for e, s in best.items()]))
+    print(text_table([{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))} for e, s in best.items()]))
 
 # %% ../nbs/50_cli.ipynb #c569af97
 def _dry_run(scale, root, device, out):
     from ditnano.lab.plan import GPU_RATE_NOTE, gpu_hours, plan, summarize_plan
     rows, lacks, rates = plan(scale, root, device, out or '')
-    print(table([r | {'done':'yes' if r['done'] else 'no', 'recorded':r['recorded'] or ''} for r in rows]))
+    print(text_table([r | {'done':'yes' if r['done'] else 'no', 'recorded':r['recorded'] or ''} for r in rows]))
     print(summarize_plan(rows, scale, rates))
     print(f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
     print('\n'.join(f'missing: {line}' for line in lacks) or 'nothing is missing')

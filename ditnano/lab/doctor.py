@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..deploy.jetson import table
+from ..deploy.jetson import text_table
 from .runs import read_result
 from ditnano.repro import (
     cache_dir,
@@ -117,7 +117,7 @@ def releases()->str: # Text
     rows = [{'file':f'{name}.pkl', 'MB':mb, 'px':px, 'classes':classes, 'network':network, 'precond':precond,
              'here':_release_state(name)} for name,(mb,px,classes,network,precond) in RELEASES.items()]
     return '\n'.join([f"EDM's released teachers, at {RELEASES_URL}/; `edm.load_teacher` reads a file of each kind",
-                      f"Get one: cd \"{data_dir()}\" && curl -L -C - -O {RELEASES_URL}/FILE", table(rows)])
+                      f"Get one: cd \"{data_dir()}\" && curl -L -C - -O {RELEASES_URL}/FILE", text_table(rows)])
 
 def _nvidia():
     folder, made = data_dir(), data_dir()/'edm-cifar10-vp'
