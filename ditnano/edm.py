@@ -371,7 +371,7 @@ def _read_net(where, d):
 
 # %% ../nbs/21_edm.ipynb #21a7f9ac
 TEACHERS = ('digits32','cifar16','cifar10-small','cifar10-7m','edm-cifar10-vp')
-READERS = {  # A name, an ending, or a file in a folder -> the function that reads it
+READERS = {  # A name, an ending, or a file in a folder -> the function that reads it, or its path
     'edm-cifar10-vp':'ditnano.interop.nvidia:load_released',
     **dict.fromkeys(('.pkl','.pt','.pth'), 'ditnano.interop.nvidia:load_released'),
     **dict.fromkeys(('model_index.json','scheduler_config.json','diffusion_pytorch_model.safetensors','hf:'),
@@ -385,6 +385,7 @@ def _reader(name):
     asked = {'hf:' if str(name).startswith('hf:') else str(name)}
     key = None if files>=set(WEIGHT_FILES) else next((k for k in READERS if k in files | asked), None)
     if key is None: return None
+    if callable(READERS[key]): return READERS[key]
     module, _, function = READERS[key].partition(':')
     return getattr(importlib.import_module(module), function)
 
