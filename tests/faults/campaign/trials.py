@@ -80,7 +80,7 @@ COMMANDS = {
     'pairs continued': Command('pairs --teacher teacher --seeds 0-11 --steps 3 --out pairs --device cpu',
                                after='pairs', result=('pairs/*', 'pairs/.*.tmp')),
     'train': Command(_TRAIN.format(''), after='pairs', result=_RUN),
-    'train mi1': Command(_TRAIN.format('mi1 --layers 1').replace('1,32,4', '2,16,4'), after='pairs', result=_RUN),
+    'train mi1': Command(_TRAIN.format('mi1 --layers 1 2').replace('1,32,4', '2,16,4'), after='pairs', result=_RUN),
     'train ta': Command(_TRAIN.format('ta --assistant assistant --weights 1 1 0'), after='pairs', result=_RUN),
     'train another': Command(_TRAIN.format('').replace('1,32,4', '1,16,4'), after='pairs', result=_RUN),
     'half a training': Command(_TRAIN.format(''), after='pairs', half=6),
@@ -259,6 +259,12 @@ LOCKED = {'train': 'run/.train.lock', 'pairs': 'pairs/.lock', 'short sweep': 'ru
 FOREIGN = 'filelock/2\npid=1\nhost=a-machine-that-is-gone\nmode=lease\nduration=3\ntoken=00\n'
 
 
+def expire_soon(folder):
+    "A lock of another machine is waited for 3 seconds."
+    from ditnano import repro
+    repro.LOCK_EXPIRY_S = 3
+
+
 def leave_lock(name, content, world, rng):
     "A lock that a crash left empty, cut or to another machine: it is taken over, or its holder is named."
     folder, good = world.fresh(name), world.finished(name)
@@ -268,7 +274,7 @@ def leave_lock(name, content, world, rng):
     path.write_text({'empty': '', 'foreign': FOREIGN, 'cut': FOREIGN[:rng.randrange(len(FOREIGN))]}[content])
     old = time.time()-3600
     os.utime(path, (old, old))
-    if refusal(world.run(folder, name), ('lock',)): return 'refused'
+    if refusal(world.run(folder, name, inside=expire_soon), ('lock',)): return 'refused'
     compare(folder, COMMANDS[name], good.result)
     return 'survived'
 
@@ -356,7 +362,7 @@ PHASES = {  # phase of a distributed run: the function that fails in one rank
 }
 OF_THE_FIRST = ('saving', 'evaluation', 'recording')   # phases of rank 0 alone
 RANK_FAULTS = ('error', 'kill', 'stop')
-MAX_WAIT_S = 6   # How long a rank of the campaign waits for the other
+MAX_WAIT_S = 6   # How long a rank waits for the other that fails
 
 
 def on_purpose(fault, *args, **kwargs):
@@ -365,8 +371,15 @@ def on_purpose(fault, *args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL if fault == 'kill' else signal.SIGSTOP)
 
 
+def wait_briefly(folder):
+    "The other rank is waited for a few seconds."
+    from ditnano.lab import execute
+    os.environ['DITNANO_MAX_WAIT'], execute.POLL_LIMIT_S = str(MAX_WAIT_S), MAX_WAIT_S
+
+
 def break_function(phase, fault, call, folder):
     "Replace the function of a phase by one that fails at its n-th call."
+    wait_briefly(folder)
     module, _, name = PHASES[phase].partition(':')
     owner, left = importlib.import_module(module), [call]
     *path, last = name.split('.')
@@ -388,7 +401,7 @@ def free_port():
 def start_ranks(folder, inside=(None, None)):
     "The command 'short sweep' in two processes that train together."
     port = free_port()
-    env = {'WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'DITNANO_MAX_WAIT': MAX_WAIT_S}
+    env = {'WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
     command = COMMANDS['short sweep']
     return [start(folder, command, env | {'RANK': r, 'LOCAL_RANK': r}, inside[r]) for r in (0, 1)]
 
@@ -411,7 +424,7 @@ def fail_in_rank(phase, fault, world, rng):
     good, folder = undisturbed_ranks(world), world.fresh('short sweep')
     rank = 0 if phase in OF_THE_FIRST else rng.randrange(2)
     call = rng.randint(1, 3) if phase in ('training', 'saving') else 1
-    inside = [None, None]
+    inside = [wait_briefly, wait_briefly]
     inside[rank] = partial(break_function, phase, fault, call)
     children, refused = start_ranks(folder, inside), []
     where = f'rank {rank}, call {call}'
