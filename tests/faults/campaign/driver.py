@@ -18,8 +18,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-LIMIT_S = 300     # A command that takes longer waits for ever; generous, for a loaded machine
-PATIENCE_S = 60   # For what a killed command started: it has a grace of 20 s for its checkpoint
+LIMIT_S = 600     # A command that takes longer waits for ever; generous, for a loaded machine
+PATIENCE_S = 180  # For what a killed command started: it has a grace of 20 s for its checkpoint
 WARM = ('accelerate', 'torch', 'ditnano.cli', 'ditnano.distill.recipes', 'ditnano.lab.lease', 'ditnano.lab.sweep',
         'ditnano.lab.notebooks', 'ditnano.lab.plan', 'ditnano.metrics', 'ditnano.interop.get_pairs',
         'ditnano.deploy.export', 'ditnano.deploy.engines', 'ditnano.deploy.web', 'sklearn.datasets',
