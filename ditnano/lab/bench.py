@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COST_ROWS', 'TABLE_2', 'TABLE_5', 'BACKENDS', 'EXPORT_FILES', 'bench_train', 'fair_share', 'bench_busy',
            'bench_pairs', 'cost_run', 'bench_recipes', 'bench_tables', 'bench_models', 'bench_frames', 'bench_records',
-           'speed_run', 'export_run', 'sheet_run']
+           'web_run', 'bench_web', 'speed_run', 'export_run', 'sheet_run']
 
 # %% ../../nbs/lab/05_bench.ipynb #5170d0b9
 import contextlib
@@ -27,7 +27,7 @@ from .experiments import EVAL_SEED, as_student
 from .processes import Children, end_with_parent
 from .runs import run_once
 from ..principles import count_flops, count_params
-from ..repro import fingerprint, pick_device, read_config
+from ..repro import content_hash, fingerprint, pick_device, read_config
 
 # %% ../../nbs/lab/05_bench.ipynb #54a6b9f6
 def _random_pairs(size, folder):
@@ -338,8 +338,8 @@ def bench_models(
 # %% ../../nbs/lab/05_bench.ipynb #fef1b3e9
 def bench_frames(
     designs,             # (depth, width, heads) of students
-    backends=('eager','native','openvino','onnxruntime'), # As for `latency.frame_time`
-    precisions=('fp32',), # Of each back-end
+    backends=('eager','native','openvino','onnxruntime','browser'), # As for `latency.frame_time`; and the page's engine
+    precisions=('fp32',), # Of each back-end; the browser's is fp32
     guidance:float=1.5,  # 1 is off
     frames:int=200,      # Timed images of each
     device:str='auto',   # Where PyTorch computes
@@ -349,9 +349,17 @@ def bench_frames(
     from ditnano.latency import frame_time
     rows = []
     for cfg in map(as_student, designs):
-        found = frame_time(randomize_weights(DiT(cfg), 1), backends, precisions, guidance, frames, pick_device(device))
+        model, ways = randomize_weights(DiT(cfg), 1), [b for b in backends if b!='browser']
+        found = frame_time(model, ways, precisions, guidance, frames, pick_device(device))
+        if len(ways)<len(backends): found += _browser_frames(model, guidance, frames)
         rows += [{'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads} | row for row in found]
     return rows
+
+def _browser_frames(model, guidance, frames):
+    "A row, or none and a line that says what is missing."
+    from ditnano.deploy.browser import browser_frame, missing_tools
+    if missing := missing_tools(): print(f"skipped: browser (not installed: {'; '.join(missing)})")
+    return [] if missing else [browser_frame(model, guidance, frames)]
 
 def bench_records(
     designs,              # (depth, width, heads) of students
@@ -373,6 +381,58 @@ def bench_records(
                'precision':precision, 'batch':batch}
         row |= {k:timed[k] for k in ('p50_ms','p99_ms','images_per_s','seconds_50k')}
         rows.append(row | {'record':f"latency-{record['key']}"})
+    return rows
+
+# %% ../../nbs/lab/05_bench.ipynb #aa7e0ba5
+def web_run(
+    student,          # A shipped student's name or folder, or a design (depth, width, heads)
+    root,             # Folder of runs
+    scale:str='bench', # Name of the scale
+    rounds:int=5,     # Of all engines, in turns
+    frames:int=20,    # Images of each in a round
+    ort:Path|None=None, # From `browser.ort_web`; None leaves onnxruntime-web out
+)->dict: # The record; its metrics are '<engine> <what>'
+    "Time our page's engine beside others in one headless Chromium, unless it is done."
+    from ditnano.deploy.browser import GUIDANCES, browser_times, browser_version, missing_tools
+    from ditnano.deploy.export import weights_hash
+    from ditnano.deploy.native import c_source
+    if missing := missing_tools(): raise RuntimeError(f"bench web: not installed: {'; '.join(missing)}")
+    (model, _), where = _load_or_random(student), fingerprint(pick_device('cpu'))
+    sources = [p.read_text() for p in sorted(c_source('wasm.c').parent.glob('*.[ch]'))]
+    machine = {k:where[k] for k in ('device_name','cores')} | {'browser':browser_version()}
+    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'guidances':list(GUIDANCES),
+              'rounds':rounds, 'frames':frames, 'source':content_hash(sources), 'machine':machine,
+              'onnxruntime-web':ort.name.partition('@')[2] if ort else None}
+    def compute(folder):
+        rows = browser_times(model, rounds, frames, ort)['rows']
+        metrics = {f"{r['engine']} {k}":v for r in rows for k,v in r.items() if k!='engine'}
+        return {'metrics':metrics, 'samples':rounds*frames, 'device':where|machine}
+    return run_once(root, 'web', config, compute, 'engines in a browser', scale)
+
+# %% ../../nbs/lab/05_bench.ipynb #7630dd5d
+def bench_web(
+    students,           # Designs (depth, width, heads), or students by name
+    root,               # Folder of runs
+    rounds:int=5,       # Of all engines, in turns
+    frames:int=20,      # Images of each in a round
+    fetch:bool=False,   # Get onnxruntime-web by npm if it is not in the cache
+)->list: # One dict per student and engine; ratios to the first engine, with the folder of the record
+    "Milliseconds and bytes of our page's engine, plain loops and onnxruntime-web, as records."
+    from ditnano.deploy.browser import ort_web
+    try: ort = ort_web(fetch)
+    except FileNotFoundError as e: ort = print(f"skipped: {e}")
+    rows = []
+    for student in students:
+        record = web_run(student, root, rounds=rounds, frames=frames, ort=ort)
+        c, m, machine = record['config']['student'], record['metrics'], record['config']['machine']
+        for engine in (k.removesuffix(' threads') for k in m if k.endswith(' threads')):
+            row = {'design':f"({c['depth']},{c['width']},{c['heads']})", 'engine':engine}
+            row |= {f'{k} (ms)':m[f'{engine} {k} p50_ms'] for k in ('guided','one pass')}
+            row |= {'p99 (ms)':m[f'{engine} guided p99_ms']}
+            row |= {f'{k} ratio':m[f'{engine} {k} ratio'] for k in ('guided','one pass')}
+            row |= {f'{k} (kB)':m[f'{engine} {k} bytes']/1e3 for k in ('engine','weights')}
+            row |= {'grey levels apart':m[f'{engine} grey levels apart']}
+            rows.append(row | machine | {'record':f"web-{record['key']}"})
     return rows
 
 # %% ../../nbs/lab/05_bench.ipynb #15833a99
