@@ -60,7 +60,8 @@ class GETRecipe:
 
     def label_drop_mask(self, step:Step, device)->torch.Tensor:
         "Which labels this step replaces by null (N,)."
-        return to_device(step.shard(torch.rand(step.batch, generator=step.generator))<self.model.cfg.label_dropout, device)
+        drawn = step.shard(torch.rand(step.batch, generator=step.generator))
+        return to_device(drawn<self.model.cfg.label_dropout, device)
 
 # %% ../../nbs/distill/00_base.ipynb #ffd03c60
 def _check_compatible(recipe, student, pairs):

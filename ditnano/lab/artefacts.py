@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINING_RECIPES', 'STUDENTS', 'PAIRS', 'REFERENCES', 'NO_SAMPLE_NOTES', 'DenoiseTask', 'random_shift',
            'ClassifyTask', 'held_out_accuracy', 'TrainingRecipe', 'denoiser_config', 'make_task', 'compile_network',
-           'training_card', 'build_artifact', 'sample_teacher', 'Student', 'best_of', 'student_run', 'model_card',
-           'build_shipped']
+           'training_card', 'train_artifact', 'build_artifact', 'sample_teacher', 'Student', 'best_of', 'student_run',
+           'model_card', 'build_shipped']
 
 # %% ../../nbs/lab/11_artefacts.ipynb #bf6c10eb
 import os
@@ -23,15 +23,7 @@ import torch.nn.functional as F
 from ..classifier import Classifier, save_classifier
 from ..config import SIZES, TrainConfig, UNetConfig, load_scale
 from ..dit import DiT
-from ditnano.edm import (
-    EDMPrecond,
-    denoising_loss,
-    edm_inputs,
-    heun_sampler,
-    load_teacher,
-    save_teacher,
-    to_bytes,
-)
+from ..edm import EDMPrecond, denoising_loss, edm_inputs, heun_sampler, load_teacher, save_teacher, to_bytes
 from ..images import ImageSet, load_images, to_unit
 from .execute import distill_run
 from .experiments import as_student, distill_config, experiment_configs, size_of
@@ -51,7 +43,8 @@ from ditnano.repro import (
     runs_dir,
     weights_dir,
 )
-from ..train import Progress, fit
+from ..state import Progress
+from ..train import fit
 from ..unet import PRESETS, SongUNet
 
 # %% ../../nbs/lab/11_artefacts.ipynb #63780165
@@ -203,30 +196,37 @@ def training_card(
             'seconds':round(state.seconds),
             'device':where['device_name'], 'threads':where['threads'], 'torch':where['libraries']['torch']}
 
-def build_artifact(
-    name:str,           # Key of `TRAINING_RECIPES`
-    out=None,           # Folder to make; default inside the package
-    run_folder=None,          # Folder of the run; default in the cache
+def train_artifact(
+    recipe:TrainingRecipe, # What is trained, and how
+    out,                # Folder to make
+    run,                # Folder of the run; a hash of data and recipe is added to its name
     device:str='auto',  # Where to train
     stop_after:int=None, # Stop at this many steps, without shipping
     minutes:float=None, # Stop when this time is up, without shipping
     log=None,           # Called with each line of the history, e.g. `train.Progress(name)`
 ): # The folder made, or None when stopped early
-    "Train and ship one row of `TRAINING_RECIPES`; resumes from its last checkpoint."
-    if name not in TRAINING_RECIPES:
-        raise ValueError(f"shipped network {name!r}; expected one of {', '.join(TRAINING_RECIPES)}")
-    recipe, out = TRAINING_RECIPES[name], Path(out or weights_dir()/name)
-    task = make_task(recipe)
+    "Train by a recipe, and keep what it makes; resumes from its last checkpoint."
+    task, out = make_task(recipe), Path(out)
     key = content_hash([task.identity, recipe.train.to_dict()])
-    run_folder = Path(run_folder or cache_dir()/'make'/f'{name}-{key}')
     if recipe.compile: compile_network(task.model)
-    state = fit(task, recipe.train, run_folder, device, stop_after=stop_after, callback=log, minutes=minutes)
+    state = fit(task, recipe.train, f'{run}-{key}', device, stop_after=stop_after, callback=log, minutes=minutes)
     if state.step<recipe.train.steps or int(os.environ.get('RANK', 0)): return None
     net, card = state.ema_model(), training_card(recipe, task.data, state)
     if recipe.kind=='denoise': save_teacher(net, out, card)
     else:
         save_classifier(net, out, card | {'held_out_accuracy':held_out_accuracy(net, load_images(recipe.data,'test'))})
     return out
+
+def build_artifact(
+    name:str,  # Key of `TRAINING_RECIPES`
+    out=None,  # Folder to make; default inside the package
+    run=None,  # Folder of the run; default in the cache
+    **how,     # device, stop_after, minutes, log, as for `train_artifact`
+): # The folder made, or None when stopped early
+    "Train and ship one row of `TRAINING_RECIPES`."
+    if name not in TRAINING_RECIPES:
+        raise ValueError(f"shipped network {name!r}; expected one of {', '.join(TRAINING_RECIPES)}")
+    return train_artifact(TRAINING_RECIPES[name], out or weights_dir()/name, run or cache_dir()/'make'/name, **how)
 
 # %% ../../nbs/lab/11_artefacts.ipynb #78cb6c94
 def sample_teacher(

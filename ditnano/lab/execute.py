@@ -34,7 +34,7 @@ def _rank(): return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SI
 
 def _broadcast(value, device):
     if _rank()[1]==1: return value
-    from ditnano.train import broadcast_from_rank0
+    from ditnano.ranks import broadcast_from_rank0
     return broadcast_from_rank0(value, device)
 
 def _ensure_pairs(name, count, steps, device, deadline, precision='fp32'):

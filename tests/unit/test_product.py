@@ -115,7 +115,7 @@ def test_a_kill_in_any_stage_loses_no_stage_before_it(stage, made, photos, tmp_p
 SCRIPT = """
 import os, signal, sys
 from ditnano.lab import product
-from ditnano.train import save_state
+from ditnano.state import save_state
 import ditnano.train as train
 saved = []
 def save(*given):
