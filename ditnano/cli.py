@@ -308,7 +308,8 @@ def train(
     _fit(_make_task(recipe, design, data, loss, config.seed), config, Path(out), device, limit)
 
 def _fit(task, config, out, device, minutes):
-    from ditnano.train import Progress, fit
+    from ditnano.state import Progress
+    from ditnano.train import fit
     state = fit(task, config, out, device, callback=Progress('train'), minutes=minutes)
     done = 100*state.step//config.steps
     if state.step<config.steps: return print(f'{out}: stopped at {done}%; the same command resumes it')
@@ -586,7 +587,7 @@ def _verify(folder, device):
     import tempfile
 
     from ditnano.lab.execute import VERIFY_TOLERANCE, verify
-    from ditnano.train import Progress
+    from ditnano.state import Progress
     with tempfile.TemporaryDirectory() as root: found = verify(folder, root, device, Progress('verify'))
     print(text_table([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']}
                  for k, v in found.items()]))
@@ -688,10 +689,11 @@ def lease(
     Example: ditnano lease --take packs/
     """
     from ditnano.lab.evidence import evidence_folders
-    from ditnano.lab.lease import describe_lease, lease, parse_size, plan_lease, take_home
+    from ditnano.lab.lease import describe_lease, describe_rates, lease, plan_lease, take_home
+    from ditnano.lab.packs import parse_size
     s = load_scale(scale)
     done = [evidence] if evidence else evidence_folders(out or '')
-    if dry_run: return print(describe_lease(plan_lease(s, minutes, roots=done)))
+    if dry_run: return print(describe_rates(), describe_lease(plan_lease(s, minutes, roots=done)), sep='\n')
     if take and not out: return print(take_home(s, take, runs or runs_dir(), weights, evidence))
     if not out: raise ValueError("out: none; expected --out, a folder for the packs, or --take")
     lease(s, _minutes_left(minutes, minutes), out, take, device, parse_size(pack_size), packs, done)

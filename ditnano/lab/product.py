@@ -33,7 +33,8 @@ from ..edm import load_teacher, save_teacher
 from ..images import ImageSet, load_images
 from .artefacts import DenoiseTask, TrainingRecipe, denoiser_config, sample_teacher, training_card
 from .experiments import EVAL_SEED
-from .lease import SAFETY, training_rate
+from .lease import SAFETY
+from .preflight import training_rate
 from ..latency import frame_time
 
 # %% ../../nbs/lab/14_product.ipynb #060f3bbd
@@ -62,7 +63,8 @@ from ditnano.repro import (
     write_json,
 )
 from ..sampling import balanced_labels, sample, save_grid
-from ..train import fit, read_history
+from ..state import read_history
+from ..train import fit
 from ..unet import PRESETS, SongUNet
 
 # %% ../../nbs/lab/14_product.ipynb #b9b75e22
