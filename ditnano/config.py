@@ -98,7 +98,8 @@ def _check_shape(cfg, heads, **ratios):
     _expect(cfg.image_size%cfg.patch==0, cfg, 'patch', cfg.patch, f'a divisor of image_size={cfg.image_size}')
     for k,r in ratios.items(): _expect(int(w*r)>=1, cfg, k, r, 'more than 0')
     if several and len(heads)!=cfg.depth:
-        raise ValueError(f"{type(cfg).__name__}: {len(heads)} head counts for depth {cfg.depth}; expected one per layer")
+        name = type(cfg).__name__
+        raise ValueError(f"{name}: {len(heads)} head counts for depth {cfg.depth}; expected one per layer")
     for n in heads if several else (heads,):
         _expect(_has_type(n,int) and n>=1, cfg, 'heads', n, 'a whole number of 1 or more')
         if w%n: raise ValueError(f"{type(cfg).__name__}: heads={n} does not divide width={w}; expected one of "
@@ -230,7 +231,8 @@ def _check_scale(s):
     if used in s.judges: raise ValueError(f"Scale: extractor {used!r} is also the loss; expected one that no loss used")
     _, at, size = s.data.partition('@')
     _expect(not at or size.isdecimal(), s, 'data', s.data, "a size in pixels behind the @, as in 'cifar10-jpeg@16'")
-    for k,v in s.experiments.items(): _expect(isinstance(v,dict), s, f'experiments[{k!r}]', v, 'a mapping of parameters')
+    for k,v in s.experiments.items():
+        _expect(isinstance(v,dict), s, f'experiments[{k!r}]', v, 'a mapping of parameters')
 
 # %% ../nbs/01_config.ipynb #cbbcce8d
 @dataclass(frozen=True)
