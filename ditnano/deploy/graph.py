@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOAT', 'FLOAT16', 'Node', 'PRECISIONS', 'OPSETS', 'FRACTIONS', 'Graph', 'quantize_int8', 'linear', 'norm', 'gelu',
-           'scale_queries', 'attention_nodes', 'table', 'condition', 'block', 'embed_inputs', 'decode_outputs',
-           'one_step_graph', 'best_quantization_scale', 'calibrate', 'build_onnx_model']
+           'scale_queries', 'attention_nodes', 'modulation_table', 'condition', 'block', 'embed_inputs',
+           'decode_outputs', 'one_step_graph', 'best_quantization_scale', 'calibrate', 'build_onnx_model']
 
 # %% ../../nbs/deploy/01_graph.ipynb #8bc25488
 import json
@@ -116,12 +116,11 @@ def norm(
         one, zero = g.const('ones', np.ones(width)), g.const('zeros', np.zeros(width))
         x = g.node('LayerNormalization', [x,one,zero], f'{name}/norm', axis=-1, epsilon=1e-6)
     else:
-        mean = g.node('ReduceMean', [x], f'{name}/mean', axes=[-1])
-        d = g.node('Sub', [x,mean], f'{name}/difference')
-        square = g.node('Mul', [d,d], f'{name}/square')
-        variance = g.node('ReduceMean', [square], f'{name}/variance', axes=[-1])
-        positive = g.node('Add', [variance,g.const('epsilon', 1e-6)], f'{name}/positive')
-        x = g.node('Div', [d,g.node('Sqrt', [positive], f'{name}/deviation')], f'{name}/norm')
+        def op(kind, label, *inputs, **how): return g.node(kind, inputs, f'{name}/{label}', **how)
+        d = op('Sub', 'difference', x, op('ReduceMean', 'mean', x, axes=[-1]))
+        variance = op('ReduceMean', 'variance', op('Mul', 'square', d, d), axes=[-1])
+        deviation = op('Sqrt', 'deviation', op('Add', 'positive', variance, g.const('epsilon', 1e-6)))
+        x = op('Div', 'norm', d, deviation)
     return g.node('Add', [g.node('Mul', [x,scale], f'{name}/scaled'),shift], name)
 
 
@@ -176,7 +175,7 @@ def attention_nodes(
 
 
 # %% ../../nbs/deploy/01_graph.ipynb #bf6dfcf3
-def table(
+def modulation_table(
     net:FoldedDiT, # A folded student
 )->np.ndarray: # (K+1, 1, 6 d D + 2 D) float32
     "The modulation of every layer by label, side by side, with one added to the scales."
@@ -193,7 +192,7 @@ def condition(
 )->list: # Names of (N, 1, D) vectors: shift, scale, gate of attention and MLP of each layer; shift, scale of the last
     "Look up the modulation of a batch."
     count = 6*net.cfg.depth+2
-    rows = g.node('Gather', [g.const('table', table(net)),labels], 'condition', axis=0)
+    rows = g.node('Gather', [g.const('table', modulation_table(net)),labels], 'condition', axis=0)
     sizes = g.const('shape/condition', [net.cfg.width]*count, np.int64)
     return g.node('Split', [rows,sizes], [f'condition/{k}' for k in range(count)], axis=2)
 
