@@ -68,10 +68,13 @@ def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
 
 
 @committed
-def test_the_page_is_built_again_from_the_files_alone():
-    from ditnano.lab.report import REPORT, build_report
-    again = 'paper_figures/index.html is older than what it shows; `ditnano paper` writes it again'
-    assert build_report(FIGURES)==(FIGURES/REPORT).read_text(encoding='utf-8'), again
+@pytest.mark.parametrize('name', ['index.html', 'explore.html'])
+def test_a_page_is_built_again_from_the_files_alone(name):
+    from ditnano.lab.explore import build_explorer
+    from ditnano.lab.report import build_report
+    again = {'index.html':build_report, 'explore.html':build_explorer}[name](FIGURES)
+    committed = (FIGURES/name).read_text(encoding='utf-8')
+    assert again==committed, f'paper_figures/{name} is older than what it shows; `ditnano paper` writes it again'
 
 
 def test_a_committed_run_comes_out_the_same_again(tmp_path):
