@@ -14,7 +14,7 @@ BIN   := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help venv paper smoke test test-quick lint prepare check export clean readme lab weights docs dist hooks precommit trust
+.PHONY: help venv paper smoke test test-quick lint prepare check export clean readme lab weights docs dist hooks precommit trust faults
 
 help: ## This list; with NB=nbs/experiments/x.ipynb, the parameters of that notebook
 ifneq ($(NB),)
@@ -45,6 +45,9 @@ test: $(STAMP) ## Every notebook top to bottom, and all tests of tests/
 
 test-quick: $(STAMP) ## The everyday loop, under a minute: no notebooks, nothing marked slow
 	$(BIN)/python -m pytest -n $(JOBS) -m quick tests/unit tests/contract tests/hostile
+
+faults: $(STAMP) ## The whole campaign of faults (20 minutes): kills, damage, full disks, races; ARGS="--only kill --seed 1"
+	$(BIN)/python tests/faults/campaign --whole $(ARGS)
 
 lint: $(STAMP) ## ruff: 120 columns, one statement a line, unused and unsorted imports, common mistakes
 	@$(BIN)/ruff check .

@@ -19,7 +19,7 @@ setup(
                  'Intended Audience :: Science/Research', 'Natural Language :: ' + cfg['language'],
                  *(f'Programming Language :: Python :: 3.{m}' for m in minors)],
     packages=find_packages(include=['ditnano', 'ditnano.*']),
-    package_data={'ditnano': ['py.typed', '*.pyi', 'deploy/csrc/*', 'deploy/page/*', 'lab/page/*',
+    package_data={'ditnano': ['py.typed', '*.pyi', 'deploy/csrc/*', 'deploy/page/*', 'lab/page/*', 'lab/*.yaml',
                               'weights/**/*.safetensors', 'weights/**/*.json', 'weights/**/*.md']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=extras,

@@ -54,41 +54,55 @@ class Config:
         return content_hash({type(self).__name__:self.to_dict()})
 
 # %% ../nbs/01_config.ipynb #41006b82
-_EXPECTED = {int:'a whole number', float:'a finite number', str:'text', bool:'true or false', dict:'a mapping'}
-_EXPECTED_LIST = {int:'a list of whole numbers', str:'a list of names'}
+_TYPES = {int:'a whole number', float:'a finite number', str:'text', bool:'true or false', dict:'a mapping'}
+_LISTS = {int:'a list of whole numbers', str:'a list of names'}
+PRECISIONS = ('fp32','bf16')
+_COUNTS = ('depth','width','eq_depth','image_size','patch','channels','steps','model_channels','num_blocks','images',
+           'batch','pairs','teacher_steps','samples','blocks','latency_batches')
+_RANGES = (  # fields, what holds of their values, and how an error says it
+    (_COUNTS, lambda v: v>=1, 'a whole number of 1 or more'),
+    (('lr',), lambda v: v>0, 'more than 0'),
+    (('weight_decay','warmup','guidance'), lambda v: v>=0, '0 or more'),
+    (('clip','classes','augment_dim','label_dim'), lambda v: v>=0, '0 (none) or more'),
+    (('label_dropout','dropout','ema'), lambda v: 0<=v<1, '0 or more and less than 1'),
+    (('precision','pairs_precision'), lambda v: v in PRECISIONS, f'one of {PRECISIONS}'),
+    (('seed',), lambda v: 0<=v<2**32, '0..4294967295'))
 
 def _has_type(v, kind):
     if kind is bool or isinstance(v, bool): return kind is bool and isinstance(v, bool)
     return isinstance(v, Real) and math.isfinite(v) if kind is float else isinstance(v, kind)
 
-def _check_types(cfg):
-    "Every field holds what its annotation declares; fields of several types are checked by their class."
+def _expect(right, cfg, name, value, expected):
+    if not right: raise ValueError(f"{type(cfg).__name__}: {name}={value!r}; expected {expected}")
+
+def _check_range(cfg, name, value):
+    for names,holds,expected in _RANGES:
+        if name in names: _expect(holds(value), cfg, name, value, expected)
+
+# %% ../nbs/01_config.ipynb #5e7a0891
+def _check_fields(cfg):
+    "Every field holds what its annotation declares, in its range; fields of several types are checked by their class."
     for f in fields(cfg):
         v, kind, each = getattr(cfg, f.name), get_origin(f.type) or f.type, get_args(f.type)
-        if kind is tuple: right = isinstance(v, tuple) and all(_has_type(x, each[0]) for x in v)
-        else: right = kind not in _EXPECTED or _has_type(v, kind)
-        if right: continue
-        expected = _EXPECTED_LIST[each[0]] if kind is tuple else _EXPECTED[kind]
-        hint = ' (YAML needs the point in 1.0e-3)' if kind is float and isinstance(v, str) else ''
-        raise ValueError(f"{type(cfg).__name__}: {f.name}={v!r}; expected {expected}{hint}")
+        if kind is tuple:
+            _expect(isinstance(v,tuple) and all(_has_type(x,each[0]) for x in v), cfg, f.name, v, _LISTS[each[0]])
+        elif kind in _TYPES:
+            hint = ' (YAML needs the point in 1.0e-3)' if kind is float and isinstance(v, str) else ''
+            _expect(_has_type(v, kind), cfg, f.name, v, _TYPES[kind]+hint)
+            _check_range(cfg, f.name, v)
 
-def _whole(cls, **values):
-    for k,v in values.items():
-        if _has_type(v, int) and v>=1: continue
-        raise ValueError(f"{cls}: {k}={v!r}; expected a whole number of 1 or more")
-
-def _check_heads(cls, width, depth, h):
-    each = h if isinstance(h,tuple) else (h,)
-    if isinstance(h,tuple) and len(h)!=depth:
-        raise ValueError(f"{cls}: {len(each)} head counts for depth {depth}; expected one per layer")
-    for n in each:
-        _whole(cls, heads=n)
-        if not width%n: continue
-        raise ValueError(f"{cls}: heads={n} does not divide width={width}; expected one of {factors(width)}")
-
-def _check_patches(cls, image_size, patch):
-    if not image_size%patch: return
-    raise ValueError(f"{cls}: patch={patch} does not divide image_size={image_size}; expected a divisor")
+def _check_shape(cfg, heads, **ratios):
+    "What a transformer's sizes must share: quarters of the width, whole patches, heads that divide the width."
+    w, several = cfg.width, isinstance(heads,tuple)
+    _expect(w%4==0, cfg, 'width', w, 'a multiple of 4 (positions have four quarters)')
+    _expect(cfg.image_size%cfg.patch==0, cfg, 'patch', cfg.patch, f'a divisor of image_size={cfg.image_size}')
+    for k,r in ratios.items(): _expect(int(w*r)>=1, cfg, k, r, 'more than 0')
+    if several and len(heads)!=cfg.depth:
+        raise ValueError(f"{type(cfg).__name__}: {len(heads)} head counts for depth {cfg.depth}; expected one per layer")
+    for n in heads if several else (heads,):
+        _expect(_has_type(n,int) and n>=1, cfg, 'heads', n, 'a whole number of 1 or more')
+        if w%n: raise ValueError(f"{type(cfg).__name__}: heads={n} does not divide width={w}; expected one of "
+                                 f"{factors(w)}")
 
 # %% ../nbs/01_config.ipynb #31461140
 @dataclass(frozen=True)
@@ -107,17 +121,12 @@ class DiTConfig(Config):
     steps:int=1             # Steps from noise to image; 1 in the paper
 
     def __post_init__(self):
-        _whole('DiTConfig', depth=self.depth, width=self.width, image_size=self.image_size, patch=self.patch,
-               channels=self.channels, classes=self.classes, steps=self.steps)
-        _check_types(self)
-        p, r, w = self.label_dropout, self.mlp_ratio, self.width
-        if w%4: raise ValueError(f"DiTConfig: width={w}; expected a multiple of 4 (positions have four quarters)")
-        _check_patches('DiTConfig', self.image_size, self.patch)
-        if not 0<=p<1: raise ValueError(f"DiTConfig: label_dropout={p}; expected 0 or more and less than 1")
-        if int(w*r)<1: raise ValueError(f"DiTConfig: mlp_ratio={r}; expected more than 0")
-        h = heads(w) if self.heads is None else tuple(self.heads) if isinstance(self.heads,list) else self.heads
+        _check_fields(self)
+        _expect(self.classes>=1, self, 'classes', self.classes, 'a whole number of 1 or more')
+        h = heads(self.width) if self.heads is None else self.heads
+        if isinstance(h,list): h = tuple(h)
         if isinstance(h,tuple) and len(h)==self.depth and len(set(h))==1: h = h[0]
-        _check_heads('DiTConfig', self.width, self.depth, h)
+        _check_shape(self, h, mlp_ratio=self.mlp_ratio)
         object.__setattr__(self, 'heads', h)
 
     @property
@@ -151,15 +160,8 @@ class GETConfig(Config):
     classes:int=10           # Labels; 0 for an unconditional model
 
     def __post_init__(self):
-        _whole('GETConfig', depth=self.depth, width=self.width, eq_depth=self.eq_depth, image_size=self.image_size,
-               patch=self.patch, channels=self.channels)
-        _check_types(self)
-        if self.classes<0: raise ValueError(f"GETConfig: classes={self.classes}; expected 0 (no labels) or more")
-        if self.width%4: raise ValueError(f"GETConfig: width={self.width}; expected a multiple of 4")
-        for k,r in {'mlp_ratio':self.mlp_ratio, 'eq_mlp_ratio':self.eq_mlp_ratio}.items():
-            if int(self.width*r)<1: raise ValueError(f"GETConfig: {k}={r}; expected more than 0")
-        _check_patches('GETConfig', self.image_size, self.patch)
-        _check_heads('GETConfig', self.width, self.depth, self.heads)
+        _check_fields(self)
+        _check_shape(self, self.heads, mlp_ratio=self.mlp_ratio, eq_mlp_ratio=self.eq_mlp_ratio)
 
 # %% ../nbs/01_config.ipynb #59215321
 @dataclass(frozen=True)
@@ -178,26 +180,13 @@ class UNetConfig(Config):
     def __post_init__(self):
         for k in ('channel_mult','attn_resolutions'):
             if isinstance(getattr(self,k), (list,range)): object.__setattr__(self, k, tuple(getattr(self,k)))
-        _whole('UNetConfig', model_channels=self.model_channels, num_blocks=self.num_blocks, image_size=self.image_size,
-               channels=self.channels)
-        _check_types(self)
-        if not self.channel_mult: raise ValueError("UNetConfig: channel_mult=(); expected one factor per resolution")
-        for m in self.channel_mult: _whole('UNetConfig', channel_mult=m)
-        for k in ('augment_dim','label_dim'):
-            if getattr(self,k)<0: raise ValueError(f"UNetConfig: {k}={getattr(self,k)}; expected 0 (none) or more")
-        halvings, size = len(self.channel_mult)-1, self.image_size
-        if size%2**halvings:
-            halved = f"channel_mult={self.channel_mult} halves {size} pixels {halvings} times"
-            raise ValueError(f"UNetConfig: {halved}; expected whole numbers")
-        p = self.dropout
-        if not 0<=p<1: raise ValueError(f"UNetConfig: dropout={p}; expected 0 or more and less than 1")
+        _check_fields(self)
+        mult, size = self.channel_mult, self.image_size
+        _expect(mult and min(mult)>=1, self, 'channel_mult', mult, 'one factor of 1 or more per resolution')
+        halvings = f'factors that halve {size} pixels to whole numbers'
+        _expect(size%2**(len(mult)-1)==0, self, 'channel_mult', mult, halvings)
 
 # %% ../nbs/01_config.ipynb #d7e530c3
-PRECISIONS = ('fp32','bf16')
-
-def _check_seed(cls, seed):
-    if not 0<=seed<2**32: raise ValueError(f"{cls}: seed={seed}; expected 0..4294967295")
-
 @dataclass(frozen=True)
 class TrainConfig(Config):
     "How a network is trained; the defaults are the paper's (Appendix C)."
@@ -213,16 +202,7 @@ class TrainConfig(Config):
     seed:int=0                # Decides initial weights, order of samples, and all noise
 
     def __post_init__(self):
-        _whole('TrainConfig', images=self.images, batch=self.batch)
-        _check_types(self)
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"TrainConfig: precision={self.precision!r}; expected one of {PRECISIONS}")
-        for k in ('warmup','weight_decay'):
-            if getattr(self,k)<0: raise ValueError(f"TrainConfig: {k}={getattr(self,k)}; expected 0 or more")
-        _check_seed('TrainConfig', self.seed)
-        if self.lr<=0: raise ValueError(f"TrainConfig: lr={self.lr}; expected more than 0")
-        if self.clip<0: raise ValueError(f"TrainConfig: clip={self.clip}; expected 0 (none) or more")
-        if not 0<=self.ema<1: raise ValueError(f"TrainConfig: ema={self.ema}; expected 0 or more and less than 1")
+        _check_fields(self)
 
     @property
     def steps(self)->int:
@@ -239,33 +219,18 @@ DESIGNS = {  # (depth, width, heads): (size as the paper labels it, its series i
 SIZES = ('0.42M','2.2M','5M')
 
 # %% ../nbs/01_config.ipynb #23e80240
-def _check_numbers(s):
-    counts = ('pairs','teacher_steps','images','batch','samples','blocks','latency_batches')
-    _whole('Scale', **{k:getattr(s,k) for k in counts})
-    if s.lr<=0: raise ValueError(f"Scale: lr={s.lr}; expected more than 0")
-    for k in ('weight_decay','warmup','guidance'):
-        if getattr(s,k)<0: raise ValueError(f"Scale: {k}={getattr(s,k)}; expected 0 or more")
-    if not 0<=s.ema<1: raise ValueError(f"Scale: ema={s.ema}; expected 0 or more and less than 1")
-    if s.pairs_precision not in PRECISIONS:
-        raise ValueError(f"Scale: pairs_precision={s.pairs_precision!r}; expected one of {PRECISIONS}")
-    if not s.seeds: raise ValueError("Scale: seeds=(); expected a list of whole numbers")
-    for seed in s.seeds: _check_seed('Scale', seed)
-
 def _check_scale(s):
-    _check_types(s)
-    _check_numbers(s)
-    if not s.name: raise ValueError("Scale: name=''; expected text")
-    if s.precision not in PRECISIONS:
-        raise ValueError(f"Scale: precision={s.precision!r}; expected one of {PRECISIONS}")
-    if sorted({*s.references} & {'train','test'})!=sorted(s.references) or not s.references:
-        raise ValueError(f"Scale: references={s.references!r}; expected 'train', 'test' or both")
+    _check_fields(s)
+    _expect(s.name, s, 'name', s.name, 'text')
+    _expect(s.seeds, s, 'seeds', s.seeds, 'a list of whole numbers')
+    for seed in s.seeds: _check_range(s, 'seed', seed)
+    some = s.references in (('train',), ('test',), ('train','test'), ('test','train'))
+    _expect(some, s, 'references', s.references, "'train', 'test' or both")
     used = s.loss.split('@')[0].removeprefix('perceptual-')
     if used in s.judges: raise ValueError(f"Scale: extractor {used!r} is also the loss; expected one that no loss used")
-    if not s.data.partition('@')[2].isdecimal() and '@' in s.data:
-        raise ValueError(f"Scale: data={s.data!r}; expected a size in pixels behind the @, as in 'cifar10-jpeg@16'")
-    for k,v in s.experiments.items():
-        if isinstance(v, dict): continue
-        raise ValueError(f"Scale: experiments[{k!r}]={v!r}; expected a mapping of parameters")
+    _, at, size = s.data.partition('@')
+    _expect(not at or size.isdecimal(), s, 'data', s.data, "a size in pixels behind the @, as in 'cifar10-jpeg@16'")
+    for k,v in s.experiments.items(): _expect(isinstance(v,dict), s, f'experiments[{k!r}]', v, 'a mapping of parameters')
 
 # %% ../nbs/01_config.ipynb #cbbcce8d
 @dataclass(frozen=True)
@@ -295,8 +260,7 @@ class Scale(Config):
     latency_batches:int=2                # Timed batches of 128 behind each extrapolated latency
     experiments:dict[str,Any]=field(default_factory=dict) # Notebook name -> parameters injected at this scale
 
-    def __post_init__(self):
-        _check_scale(self)
+    def __post_init__(self): _check_scale(self)
 
     @property
     def image_size(self)->int:

@@ -25,7 +25,16 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .repro import atomic, cache_dir, content_hash, data_dir, file_hash, import_guarded, is_system_file
+from ditnano.repro import (
+    atomic,
+    cache_dir,
+    content_hash,
+    data_dir,
+    file_hash,
+    import_guarded,
+    is_system_file,
+    own_hash,
+)
 
 # %% ../nbs/23_images.ipynb #56327e13
 @dataclass(frozen=True, eq=False)
@@ -265,11 +274,12 @@ def read_cache(
     try:
         with safe_open(file, 'pt') as f:
             meta, images, labels = f.metadata(), f.get_tensor('images'), f.get_tensor('labels')
+        if meta.get('sha256', own_hash(meta))!=own_hash(meta): raise ValueError('its entries are not those of its hash')
         stamp = file, file.stat().st_mtime_ns
         if stamp not in _verified and array_hash(images, labels)!=meta['hash']:
             raise ValueError('its content is not that of its hash')
         classes, notes = classes or tuple(json.loads(meta['classes'])), json.loads(meta.get('notes', '{}'))
-    except PermissionError: raise
+    except OSError: raise   # of the operating system: no damage
     except Exception as e:
         raise ValueError(f"{file}: damaged cache ({str(e) or type(e).__name__}); delete it and run again") from None
     _verified.add(stamp)
@@ -280,6 +290,7 @@ def _cached(file, make, split, classes):
     if not file.is_file():
         images, labels, name = make()
         meta = {'name':name, 'hash':array_hash(images, labels)}
+        meta['sha256'] = own_hash(meta)
         with atomic(file) as tmp: save_file({'images':images.contiguous(), 'labels':labels}, tmp, metadata=meta)
     return read_cache(file, split, classes)
 

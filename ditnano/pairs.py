@@ -35,6 +35,7 @@ from ditnano.repro import (
     file_hash,
     lock,
     noise_and_labels,
+    own_hash,
     pick_device,
     read_json,
     state_hash,
@@ -170,6 +171,10 @@ def _write_shard(out, tensors, lo, hi, **facts):
             **facts}
 
 # %% ../nbs/24_pairs.ipynb #2413f478
+_ENTRIES = {'recipe','layout','seeds','shards'}
+
+def _write_manifest(out, m): write_json(out/'manifest.json', m | {'sha256':own_hash(m)})
+
 def read_manifest(
     folder, # A folder made by `make_pairs`
 )->dict: # `recipe`, `layout`, `seeds` (first, one past last), `shards`
@@ -179,6 +184,9 @@ def read_manifest(
         raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_get_pairs")
     try:
         m = read_json(path)
+        own = m.pop('sha256', None)   # manifests of earlier versions have none
+        if not set(m)<=_ENTRIES or own not in (None, own_hash(m)):
+            raise ValueError(f"{path}: damaged or altered; expected the entries that hash to its sha256")
         m['recipe']['teacher']['sha256'], m['layout']['shard'], m['seeds'][1]
         [(s['file'], s['seeds'][1], s['bytes'], s['sha256']) for s in m['shards']]
     except (KeyError, IndexError, TypeError): raise ValueError(f"{path}: not a manifest of pairs") from None
@@ -266,12 +274,12 @@ def write_pairs(
         m = _open_manifest(out, recipe, layout, a, b)
         here = [s for s in m['shards'] if (out/s['file']).is_file() and (out/s['file']).stat().st_size==s['bytes']]
         todo = _missing(here, *m['seeds'], layout['shard'])
-        write_json(out/'manifest.json', m | {'shards':here})
+        _write_manifest(out, m | {'shards':here})
         make = ready() if todo else None
         for i,(lo,hi) in enumerate(todo):
             start = time.perf_counter()
             here = sorted([*here, _write_shard(out, make(lo, hi), lo, hi, **facts)], key=lambda s:s['seeds'])
-            write_json(out/'manifest.json', m | {'shards':here})
+            _write_manifest(out, m | {'shards':here})
             rate, where = (hi-lo)/(time.perf_counter()-start), f" on {facts['device']}" if 'device' in facts else ''
             if log: log(f"shard {i+1} of {len(todo)}: {_position_word(recipe)} {lo}-{hi-1}, {rate:.1f} images/s{where}")
     return out

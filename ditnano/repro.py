@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'content_hash',
-           'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json', 'is_system_file',
-           'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock', 'cache_dir', 'data_dir',
-           'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir', 'list_models', 'pick_device',
-           'to_device', 'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
+           'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json', 'own_hash',
+           'is_system_file', 'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock', 'cache_dir',
+           'data_dir', 'weights_dir', 'torch_home', 'repo_root', 'runs_dir', 'figures_dir', 'list_models',
+           'pick_device', 'to_device', 'exact_convolutions', 'import_guarded', 'library_versions', 'code_version',
+           'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib
@@ -24,6 +25,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -194,6 +196,17 @@ def _move_into_place(tmp, path):
 _cleaned:set[Path] = set()
 
 @contextlib.contextmanager
+def _naming(path):
+    "An error of the operating system while a file is written names the file."
+    try: yield
+    except OSError as e:
+        if e.filename is not None or not e.errno: raise
+        raise type(e)(e.errno, f"{e.strerror}; not written", str(path)) from e
+    except Exception as e:
+        if type(e).__name__!='SafetensorError': raise   # without an import of safetensors
+        raise OSError(f"{path}: not written ({e})") from e
+
+@contextlib.contextmanager
 def atomic(
     path:str|os.PathLike[str], # The file or folder that should appear
     sync:bool=True,            # Wait until it is on the disk; False for many small files that can be made again
@@ -205,10 +218,11 @@ def atomic(
     mode = _file_mode(path.parent)
     tmp = path.parent/f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        yield tmp
-        _finish(tmp, mode, sync)
-        _move_into_place(tmp, path)
-        if sync: _flush(path.parent)
+        with _naming(path):
+            yield tmp
+            _finish(tmp, mode, sync)
+            _move_into_place(tmp, path)
+            if sync: _flush(path.parent)
     finally: _remove(tmp)
 
 # %% ../nbs/00_repro.ipynb #9274f9b9
@@ -228,6 +242,12 @@ def read_json(
     except ValueError as e: raise ValueError(f"{path}: not JSON ({e}); expected a whole file") from None
     if not isinstance(found, dict): raise ValueError(f"{path}: holds a {type(found).__name__}; expected a JSON object")
     return found
+
+def own_hash(
+    entries:dict[str,Any], # What a file holds, perhaps with this hash as `sha256`
+)->str: # SHA-256, 64 hexadecimal digits
+    "Hash of all entries but `sha256`, which a file carries to be compared when it is read."
+    return content_hash({k:v for k,v in entries.items() if k!='sha256'}, 64)
 
 def is_system_file(
     name:str, # A file's name
@@ -324,6 +344,22 @@ def _lock_lost(loss):
     risk = "another process may write the same folder"
     warnings.warn(f"{loss.lock_file}: the lock was lost ({loss.reason}); {risk}", stacklevel=2)
 
+def _give_up_empty(path):
+    "An old lock without a word in it was left by a crash; with a word that is no record, it can be taken over."
+    with contextlib.suppress(OSError), open(path, 'r+b') as f:
+        s = os.fstat(f.fileno())
+        if s.st_size==0 and time.time()-s.st_mtime>=LOCK_EXPIRY_S: f.write(b'abandoned')
+
+def _acquire(lease, path, wait):
+    "Wait for the lock; a few seconds at a time, to look for one that a crash left empty."
+    from filelock import Timeout
+    deadline = time.monotonic()+wait
+    while True:
+        _give_up_empty(path)
+        try: return lease.acquire(timeout=min(5, max(0, deadline-time.monotonic())), poll_interval=0.25)
+        except Timeout:
+            if time.monotonic()>=deadline: raise
+
 @contextlib.contextmanager
 def lock(
     path:str|os.PathLike[str], # The lock's own file, e.g. `folder/'.lock'`
@@ -339,7 +375,7 @@ def lock(
     try: lease.acquire(timeout=0)
     except Timeout:
         if wait>0: log(f"{what}: {_lock_owner(lease)} holds it; waiting")
-        try: lease.acquire(timeout=-1 if math.isinf(wait) else wait, poll_interval=0.25)
+        try: _acquire(lease, path, wait)
         except Timeout:
             raise TimeoutError(f"{what}: {_lock_owner(lease)} holds it; expected it to end within {wait:g} s") from None
     except OSError as e: raise _unwritable(path.parent, e) from None

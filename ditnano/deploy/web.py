@@ -11,6 +11,7 @@ import html
 import json
 import re
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ from .export import to_c
 from ..images import CIFAR_CLASSES
 from ..repro import atomic
 
-
 # %% ../../nbs/deploy/08_web.ipynb #b31181fd
 PART_BYTES = 49_152             # of data in a script; three bytes are four characters
 WARMUP_IMAGES, TIMED_IMAGES = 10, 200
@@ -27,8 +27,7 @@ MODULES = {'wasm':'wasm32-web', 'relaxed':'wasm32-web-relaxed'}
 MARK = '<meta name="generator" content="ditnano">'
 
 def _page_file(name):
-    import ditnano.deploy as here
-    return (Path(here.__file__).parent/'page'/name).read_text(encoding='utf-8')
+    return (files('ditnano.deploy')/'page'/name).read_text(encoding='utf-8')
 
 def _as_json(value):
     "JSON that may stand inside a script element."

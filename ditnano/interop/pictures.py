@@ -23,7 +23,7 @@ from joblib import Parallel, delayed
 from PIL import Image
 
 from ..images import EXTENSIONS, ImageSet, decode_picture, is_junk, read_cache
-from ..repro import atomic, cache_dir, content_hash, verified_hash
+from ..repro import atomic, cache_dir, content_hash, own_hash, verified_hash
 
 # %% ../../nbs/interop/05_pictures.ipynb #1e4170fa
 MIN_PICTURES, MAX_CLASSES, MAX_FILE = 12, 1000, 64<<20   # pictures in a set, classes, bytes of one file
@@ -298,7 +298,7 @@ def decode_all(
 # %% ../../nbs/interop/05_pictures.ipynb #8d67ac07
 def _write_images(file, pictures, labels, meta, shape):
     "A safetensors file written as the pictures come; labels and meta are complete when `pictures` ends."
-    raw, h, count = file.with_name(file.name+'.raw'), hashlib.sha256(), 0
+    raw, h, count = file.with_name(f'.raw{file.name}'), hashlib.sha256(), 0   # a leftover like the file itself
     try:
         with open(raw, 'wb') as f:
             for a in pictures:
@@ -309,8 +309,8 @@ def _write_images(file, pictures, labels, meta, shape):
         y = np.asarray(labels, np.int64).tobytes()
         h.update(y)
         size = count*int(np.prod(shape))
-        head = {'__metadata__':{k:v if isinstance(v, str) else json.dumps(v) for k,
-                                v in meta.items()} | {'hash':h.hexdigest()},
+        meta = {k:v if isinstance(v, str) else json.dumps(v) for k,v in meta.items()} | {'hash':h.hexdigest()}
+        head = {'__metadata__':meta | {'sha256':own_hash(meta)},
                 'labels':{'dtype':'I64', 'shape':[count], 'data_offsets':[0,len(y)]},
                 'images':{'dtype':'U8', 'shape':[count,*shape], 'data_offsets':[len(y),len(y)+size]}}
         text = json.dumps(head).encode()

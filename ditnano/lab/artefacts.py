@@ -34,6 +34,7 @@ from ..images import ImageSet, load_images, to_unit
 from .execute import distill_run
 from .experiments import as_student, distill_config, experiment_configs, size_of
 from .runs import Run, read_result
+from ..metrics import save_reference
 from ..pairs import make_pairs
 from ..principles import count_params
 from ditnano.repro import (
@@ -357,7 +358,6 @@ def _build_student(name, out, root, device, minutes, looks):
 
 # %% ../../nbs/lab/11_artefacts.ipynb #16643ff4
 def _ship_reference(name, out, device):
-    from ditnano.metrics import save_reference
     images, judges = REFERENCES[name]
     splits = [load_images(images, split) for split in ('train','test')]
     if name!=f'reference-{splits[0].name}':

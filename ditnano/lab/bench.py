@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COST_ROWS', 'TABLE_2', 'TABLE_5', 'BACKENDS', 'EXPORT_FILES', 'bench_train', 'fair_share', 'bench_busy',
            'bench_pairs', 'cost_run', 'bench_recipes', 'bench_tables', 'bench_models', 'bench_frames', 'bench_records',
-           'speed_run', 'export_run', 'sheet_run']
+           'web_run', 'bench_web', 'speed_run', 'export_run', 'sheet_run']
 
 # %% ../../nbs/lab/05_bench.ipynb #5170d0b9
 import contextlib
@@ -22,10 +22,12 @@ from pathlib import Path
 from statistics import median
 
 from ..config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, UNetConfig
+from .execute import latency_config, latency_run
 from .experiments import EVAL_SEED, as_student
 from .processes import Children, end_with_parent
 from .runs import run_once
 from ..principles import count_flops, count_params
+from ..repro import content_hash, fingerprint, pick_device, read_config
 
 # %% ../../nbs/lab/05_bench.ipynb #54a6b9f6
 def _random_pairs(size, folder):
@@ -104,7 +106,6 @@ def bench_train(
     steps:int=10,       # Timed steps of each side in a round; on a GPU at least those before a recording
 )->list: # One dict per size and design: images/s and CPU ms per step of both, ratio of the rates, if it was recorded
     "Throughput of `fit` beside a bare training loop, in turns."
-    from ditnano.repro import pick_device
     rows, device = [], pick_device(device)
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +202,6 @@ def bench_pairs(
     from ditnano.edm import load_teacher
     from ditnano.latency import paired_timing
     from ditnano.pairs import frozen_copy, pairs_recipe, sample_pairs
-    from ditnano.repro import pick_device
     device, net, rows = pick_device(device), load_teacher(teacher), []
     plain, ours, exact = net.to(device), frozen_copy(net, device), pairs_recipe(net, net.name, steps)
     def drawn(precision):
@@ -245,7 +245,6 @@ def cost_run(
 )->dict: # The record, with images_per_s, peak_mb, before_mb among its metrics
     "Measure what one recipe costs on this machine, unless it is done."
     from ditnano.distill.recipes import recipe_cost
-    from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
     request = _cost_request(name, design, loss=scale.loss, batch=scale.batch, precision=scale.precision,
                             teacher=scale.teacher, assistant=list(assistant), seconds=seconds)
@@ -292,7 +291,6 @@ def bench_tables(
 )->list: # One dict per design, back-end and precision
     "Latency in Table 2's form for this machine, with percentiles and the share of its limit."
     from ditnano.latency import bench_sampling, exponential_rate, head_rate, share_of_limit
-    from ditnano.repro import pick_device
     device, limits, rows = pick_device(device), {} if limits is None else limits, []
     limits |= _measure_limits(device, limits)
     timed = bench_sampling([as_student(d) for d in designs], batch, backends, precisions, guidance, rounds, device)
@@ -340,8 +338,8 @@ def bench_models(
 # %% ../../nbs/lab/05_bench.ipynb #fef1b3e9
 def bench_frames(
     designs,             # (depth, width, heads) of students
-    backends=('eager','native','openvino','onnxruntime'), # As for `latency.frame_time`
-    precisions=('fp32',), # Of each back-end
+    backends=('eager','native','openvino','onnxruntime','browser'), # As for `latency.frame_time`; and the page's engine
+    precisions=('fp32',), # Of each back-end; the browser's is fp32
     guidance:float=1.5,  # 1 is off
     frames:int=200,      # Timed images of each
     device:str='auto',   # Where PyTorch computes
@@ -349,12 +347,19 @@ def bench_frames(
     "Frame time: milliseconds of one image at a time, from noise to bytes."
     from ditnano.dit import DiT, randomize_weights
     from ditnano.latency import frame_time
-    from ditnano.repro import pick_device
     rows = []
     for cfg in map(as_student, designs):
-        found = frame_time(randomize_weights(DiT(cfg), 1), backends, precisions, guidance, frames, pick_device(device))
+        model, ways = randomize_weights(DiT(cfg), 1), [b for b in backends if b!='browser']
+        found = frame_time(model, ways, precisions, guidance, frames, pick_device(device))
+        if len(ways)<len(backends): found += _browser_frames(model, guidance, frames)
         rows += [{'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads} | row for row in found]
     return rows
+
+def _browser_frames(model, guidance, frames):
+    "A row, or none and a line that says what is missing."
+    from ditnano.deploy.browser import browser_frame, missing_tools
+    if missing := missing_tools(): print(f"skipped: browser (not installed: {'; '.join(missing)})")
+    return [] if missing else [browser_frame(model, guidance, frames)]
 
 def bench_records(
     designs,              # (depth, width, heads) of students
@@ -367,7 +372,6 @@ def bench_records(
     models=(),            # (depth, width, heads) of GET models, timed without guidance
 )->list: # One dict per design and precision, with the folder of its record
     "Latencies of PyTorch on this machine as records, unless they are there."
-    from ditnano.lab.execute import latency_config, latency_run
     rows = []
     wanted = [('DiT', as_student(d), guidance) for d in designs] + [('GET', GETConfig(*m), 1.) for m in models]
     for (kind,cfg,scale),precision in product(wanted, precisions):
@@ -377,6 +381,58 @@ def bench_records(
                'precision':precision, 'batch':batch}
         row |= {k:timed[k] for k in ('p50_ms','p99_ms','images_per_s','seconds_50k')}
         rows.append(row | {'record':f"latency-{record['key']}"})
+    return rows
+
+# %% ../../nbs/lab/05_bench.ipynb #aa7e0ba5
+def web_run(
+    student,          # A shipped student's name or folder, or a design (depth, width, heads)
+    root,             # Folder of runs
+    scale:str='bench', # Name of the scale
+    rounds:int=5,     # Of all engines, in turns
+    frames:int=20,    # Images of each in a round
+    ort:Path|None=None, # From `browser.ort_web`; None leaves onnxruntime-web out
+)->dict: # The record; its metrics are '<engine> <what>'
+    "Time our page's engine beside others in one headless Chromium, unless it is done."
+    from ditnano.deploy.browser import GUIDANCES, browser_times, browser_version, missing_tools
+    from ditnano.deploy.export import weights_hash
+    from ditnano.deploy.native import c_source
+    if missing := missing_tools(): raise RuntimeError(f"bench web: not installed: {'; '.join(missing)}")
+    (model, _), where = _load_or_random(student), fingerprint(pick_device('cpu'))
+    sources = [p.read_text() for p in sorted(c_source('wasm.c').parent.glob('*.[ch]'))]
+    machine = {k:where[k] for k in ('device_name','cores')} | {'browser':browser_version()}
+    config = {'student':model.cfg.to_dict(), 'weights':weights_hash(model), 'guidances':list(GUIDANCES),
+              'rounds':rounds, 'frames':frames, 'source':content_hash(sources), 'machine':machine,
+              'onnxruntime-web':ort.name.partition('@')[2] if ort else None}
+    def compute(folder):
+        rows = browser_times(model, rounds, frames, ort)['rows']
+        metrics = {f"{r['engine']} {k}":v for r in rows for k,v in r.items() if k!='engine'}
+        return {'metrics':metrics, 'samples':rounds*frames, 'device':where|machine}
+    return run_once(root, 'web', config, compute, 'engines in a browser', scale)
+
+# %% ../../nbs/lab/05_bench.ipynb #7630dd5d
+def bench_web(
+    students,           # Designs (depth, width, heads), or students by name
+    root,               # Folder of runs
+    rounds:int=5,       # Of all engines, in turns
+    frames:int=20,      # Images of each in a round
+    fetch:bool=False,   # Get onnxruntime-web by npm if it is not in the cache
+)->list: # One dict per student and engine; ratios to the first engine, with the folder of the record
+    "Milliseconds and bytes of our page's engine, plain loops and onnxruntime-web, as records."
+    from ditnano.deploy.browser import ort_web
+    try: ort = ort_web(fetch)
+    except FileNotFoundError as e: ort = print(f"skipped: {e}")
+    rows = []
+    for student in students:
+        record = web_run(student, root, rounds=rounds, frames=frames, ort=ort)
+        c, m, machine = record['config']['student'], record['metrics'], record['config']['machine']
+        for engine in (k.removesuffix(' threads') for k in m if k.endswith(' threads')):
+            row = {'design':f"({c['depth']},{c['width']},{c['heads']})", 'engine':engine}
+            row |= {f'{k} (ms)':m[f'{engine} {k} p50_ms'] for k in ('guided','one pass')}
+            row |= {'p99 (ms)':m[f'{engine} guided p99_ms']}
+            row |= {f'{k} ratio':m[f'{engine} {k} ratio'] for k in ('guided','one pass')}
+            row |= {f'{k} (kB)':m[f'{engine} {k} bytes']/1e3 for k in ('engine','weights')}
+            row |= {'grey levels apart':m[f'{engine} grey levels apart']}
+            rows.append(row | machine | {'record':f"web-{record['key']}"})
     return rows
 
 # %% ../../nbs/lab/05_bench.ipynb #15833a99
@@ -390,7 +446,6 @@ def speed_run(
     device:str='auto', # Where
 )->dict: # The record; its metrics are '<back-end> <precision> <what>', and the machine's limits
     "Time one design under every back-end in turns, without guidance, unless it is done."
-    from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
     machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
     config = {'student':as_student(design).to_dict(), 'backends':list(backends), 'batch':batch, 'rounds':rounds,
@@ -435,7 +490,6 @@ def export_run(
 )->dict: # The record; bytes, error and the extractor's metrics among its metrics
     "Write one file, measure it, and keep the record, unless it is done."
     from ditnano.deploy.export import weights_hash
-    from ditnano.repro import fingerprint, pick_device
     if file not in EXPORT_FILES: raise ValueError(f"file {file!r}; expected one of {', '.join(EXPORT_FILES)}")
     (model, trained), where = _load_or_random(student), fingerprint(pick_device('cpu'))
     name, samples = (Path(student).name if trained else 'random'), scale.samples if trained else 0
@@ -456,7 +510,6 @@ def sheet_run(
     "Draw with a trained student, unless that is done."
     from ditnano.deploy.export import weights_hash
     from ditnano.dit import DiT, find_student
-    from ditnano.repro import fingerprint, pick_device, read_config
     from ditnano.sampling import balanced_labels, sample, save_grid
     model, card = DiT.from_pretrained(name), read_config(find_student(name)).get('card') or {}
     made = card.get('config') or {}

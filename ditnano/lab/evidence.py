@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MUST_BE_SINGLE', 'MAY_VARY', 'DEFAULT_STUDENT', 'SCALES', 'MACHINE_KINDS', 'EXPERIMENT_FILTERS', 'TIMED_SIZE',
-           'TIMED_BATCH', 'LATENCY_COLUMNS', 'NOT_RUN', 'NOT_MEASURED', 'provenance_line', 'select_runs', 'distances',
-           'scores', 'rows_of', 'best_scale', 'evidence_folders', 'load_runs', 'publish_figure_records', 'with_latency',
-           'latency_heading', 'latency_note', 'aggregate_seeds', 'join_paper']
+           'TIMED_BATCH', 'LATENCY_COLUMNS', 'NOT_RUN', 'NOT_MEASURED', 'provenance_line', 'matching', 'select_runs',
+           'distances', 'scores', 'rows_of', 'best_scale', 'evidence_folders', 'load_runs', 'publish_figure_records',
+           'with_latency', 'latency_heading', 'latency_note', 'aggregate_seeds', 'join_paper']
 
 # %% ../../nbs/lab/06_evidence.ipynb #1af17b63
 import contextlib
@@ -54,6 +54,14 @@ def provenance_line(
 
 # %% ../../nbs/lab/06_evidence.ipynb #21e193e2
 DEFAULT_STUDENT = {'model':'DiT', 'mlp_ratio':4.0, 'steps':1}  # The paper's students
+
+def matching(
+    frame:pd.DataFrame, # Rows
+    **values,           # Column = value
+)->pd.DataFrame: # The rows that have all these values; a column that is missing has none
+    "Rows by the values of their columns."
+    for c,v in values.items(): frame = frame[frame[c].eq(v).fillna(False).astype(bool)] if c in frame else frame[:0]
+    return frame
 
 def select_runs(
     frame:pd.DataFrame, # What `runs.collect` gives
@@ -119,10 +127,8 @@ def rows_of(
     if experiment not in EXPERIMENT_FILTERS:
         raise ValueError(f"experiment {experiment!r}; expected one of {', '.join(EXPERIMENT_FILTERS)}")
     common, _ = EXPERIMENT_FILTERS[experiment]
-    rows = found[found.scale==scale]
-    for c,v in common.items():
-        if c in rows: rows = rows[rows[c]==v]
-        elif DEFAULT_STUDENT.get(c)!=v: rows = rows[:0]
+    wanted = {c:v for c,v in common.items() if c in found or DEFAULT_STUDENT.get(c)!=v}
+    rows = matching(found, scale=scale, **wanted)
     if common['kind']!='distill' or not len(rows): return rows
     if experiment!='get_baseline': rows = rows[rows.images==load_scale(scale).images]
     rows = rows.assign(design=list(zip(rows.depth, rows.width, rows.heads)))
@@ -134,7 +140,7 @@ def best_scale(
     experiment:str,     # Key of `EXPERIMENT_FILTERS`; '' for no experiment
 )->str: # Name of a scale
     "The best scale with two rows or more of an experiment; of measurements, one of this machine; else 'smoke'."
-    if not experiment: return 'smoke'
+    if not experiment or not len(found): return 'smoke'
     _, differ = EXPERIMENT_FILTERS.get(experiment, ({}, ''))
     pools = [found]
     if differ and EXPERIMENT_FILTERS[experiment][0]['kind'] in MACHINE_KINDS and 'live' in found:
@@ -223,8 +229,7 @@ def with_latency(
     fits = found.reindex(columns=list(dict.fromkeys([*found,*wanted,*LATENCY_COLUMNS,'folder','live'])))
     fits = fits.assign(latency_size=fits.latency_size.fillna(TIMED_SIZE), live=fits.live.eq(True),
                        latency_batch=fits.latency_batch.fillna(TIMED_BATCH))
-    for c,v in wanted.items(): fits = fits[fits[c]==v]
-    fits = fits.merge(ours[design].drop_duplicates(), on=design)
+    fits = matching(fits, **wanted).merge(ours[design].drop_duplicates(), on=design)
     fits = fits.sort_values(['live','latency_batches'], kind='stable').drop_duplicates([*design,'card'], keep='last')
     if len(fits): fits = _best_machine(fits)
     fits = fits[[*design,*LATENCY_COLUMNS,'folder']].rename(columns={'folder':'latency_folder'})

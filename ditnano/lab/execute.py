@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config import GETConfig, TrainConfig
 from .experiments import as_student, assistant_config
 from .runs import Run, read_result, run_once
-from ..repro import atomic, write_json
+from ..repro import atomic, fingerprint, pick_device, write_json
 
 # %% ../../nbs/lab/02_execute.ipynb #46cd0155
 class TimeLimitReached(Exception):
@@ -219,7 +219,6 @@ def distill_run(
 # %% ../../nbs/lab/02_execute.ipynb #4cfd2028
 def _run_rank0(train, config, folder, scale, device):
     "What the first process does, or the only one."
-    from ditnano.repro import fingerprint, pick_device
     shutil.rmtree(folder/'parts', ignore_errors=True)   # of an attempt that ended while it was judged
     with _failure_noted(folder):
         (student, seconds), where = train(), fingerprint(pick_device(device))
@@ -260,7 +259,6 @@ def latency_config(
     device:str='auto',     # Where
 )->dict: # JSON-able
     "Everything that decides a latency."
-    from ditnano.repro import fingerprint, pick_device
     where = fingerprint(pick_device(device))
     machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
     return {'student':as_student(design).to_dict(), 'batch':batch, 'batches':batches, 'guidance':float(guidance),

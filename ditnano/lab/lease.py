@@ -28,12 +28,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import Scale, TrainConfig
+from ..distill.recipes import make_recipe
 from ..edm import READERS, TEACHERS, load_teacher, save_teacher, to_bytes
 from .artefacts import TRAINING_RECIPES, make_task
 from .execute import TimeLimitReached, distill_run, run_label
 from .experiments import as_student, assistant_config, priority_groups
 from .plan import GPU_RATE, measure_rates, missing_requirements, run_cost
 from .runs import Run, publish, read_result, run_once
+from ..metrics import card, evaluate, reference_set
 from ..pairs import PairDataset, ensure_pairs
 from ditnano.repro import (
     atomic,
@@ -49,6 +51,7 @@ from ditnano.repro import (
     weights_dir,
     write_json,
 )
+from ..sampling import save_grid
 from ..train import Progress, fit, make_graphed_step, prepare_training, train_step
 
 # %% ../../nbs/lab/13_lease.ipynb #b9c27ff6
@@ -403,7 +406,6 @@ class RandomPairs:
 # %% ../../nbs/lab/13_lease.ipynb #372d435d
 def _some_steps(scale, device, graphed, warmup, more, design):
     "Loss and first moments after `warmup` steps, images/s of `more`, and whether steps were recorded."
-    from ditnano.distill.recipes import make_recipe
     cfg = TrainConfig(images=scale.images, batch=scale.batch, lr=scale.lr, precision=scale.precision)
     student = replace(as_student(design), image_size=scale.image_size)
     task = make_recipe('get', student, RandomPairs(scale.image_size), scale.loss)
@@ -644,8 +646,6 @@ def teacher_evaluation(
     device='auto',     # Where
 )->dict: # For `run_once`
     "A teacher's numbers by every extractor, before anything depends on it."
-    from ditnano.metrics import card, evaluate, reference_set
-    from ditnano.sampling import save_grid
     _, x, y = pairs.batch(range(len(pairs)))
     images, real, n = to_bytes(x), reference_set(scale.data), len(pairs)
     numbers = evaluate(images, y, real, scale.judges, loss=None, device=device)

@@ -34,7 +34,9 @@ def sigterm_interrupts():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    def interrupt(number, frame): raise KeyboardInterrupt
+    def interrupt(number, frame):
+        if callable(before): before(number, frame)   # who called notes which signal it was
+        raise KeyboardInterrupt
     before = signal.signal(signal.SIGTERM, interrupt)
     try: yield
     finally: signal.signal(signal.SIGTERM, before)

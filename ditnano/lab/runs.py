@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING
 
 from ..config import DiTConfig, GETConfig
 from ..principles import count_params
-from ..repro import atomic, code_version, content_hash, library_versions, lock, read_json, write_json
+from ditnano.repro import (
+    atomic,
+    code_version,
+    content_hash,
+    library_versions,
+    lock,
+    own_hash,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -97,16 +106,12 @@ def read_result(
         raise ValueError(f"{path}: no {missing[0]!r}; {again}")
     if run_key(record['config'])!=record['key']:
         raise ValueError(f"{path}: its config does not hash to its key {record['key']}; {again}")
-    if 'sha256' in record and record['sha256']!=_seal(record):
+    if 'sha256' in record and record['sha256']!=own_hash(record):
         raise ValueError(f"{path}: damaged or altered since it was written; {again}")
     return record
 
-def _seal(record):
-    "Hash of all entries of a record but the hash itself."
-    return content_hash({k:v for k,v in record.items() if k!='sha256'}, 64)
-
 def _write_result(folder, record):
-    record['sha256'] = _seal(record)
+    record['sha256'] = own_hash(record)
     write_json(folder/'result.json', record)
     return record
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from .execute import NOT_STARTED, HeldElsewhere, TimeLimitReached, distill_run, run_label
 from .processes import Children, RunsInProgress, end_with_parent, sigterm_interrupts
 from .runs import Run, read_result
+from ..repro import pick_device
 
 # %% ../../nbs/lab/04_sweep.ipynb #8e2bee8b
 # Seconds before the limit at which training stops, so that evaluation ends in time; a tenth of a shorter limit
@@ -130,7 +131,6 @@ def _work_locally(queue, compute, local):
             raise
 
 def _default_workers(device):
-    from ditnano.repro import pick_device
     return 1 if pick_device(device).type=='cuda' else os.cpu_count() or 1
 
 # %% ../../nbs/lab/04_sweep.ipynb #f8d1967d

@@ -9,6 +9,8 @@ import math
 import pickle
 import random
 import struct
+import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -263,6 +265,43 @@ def test_refused(kind, i):
     data, text = ATTEMPTS[kind][i]
     said = told(data)
     assert said and text in said
+
+
+@pytest.mark.parametrize('core', ['core', '_core'])
+def test_numbers_of_old_and_new_numpy_are_read(core):
+    kind = R('numpy.dtype', S('f8'), b'\x89', b'\x88')+T(I(3), S('<'), b'N', b'N', b'N', I(-1), I(-1), I(0))+b'b'
+    number = R(f'numpy.{core}.multiarray.scalar', kind, B(struct.pack('<d', 0.5)))
+    assert read(file(_init_kwargs=D(scale=number)))[1]['init_kwargs'] == {'scale': 0.5}
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_state_dicts_are_read_as_torch_reads_them(zipped):
+    "Transposed tensors, two that share their numbers, other precisions, parameters, and torch's notes of versions."
+    shared = torch.randn(6, 4)
+    state = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.GroupNorm(1, 2)).state_dict()
+    state |= {'transposed':shared.T, 'slice':shared[1:3,::2], 'half':torch.randn(3).half(), 'one':torch.tensor(2.),
+              'double':torch.randn(2, 1).double(), 'parameter':torch.nn.Parameter(torch.ones(2))}
+    torch.save(state, 'x.pt', _use_new_zipfile_serialization=zipped)
+    (weights, info), expected = read_checkpoint('x.pt'), torch.load('x.pt', weights_only=True)
+    assert (list(weights), info['class_name']) == (list(expected), None)
+    assert info['format'] == ('torch.save' if zipped else 'torch.save, old')
+    for k, v in expected.items(): assert weights[k].dtype == v.dtype and torch.equal(weights[k], v), k
+
+
+def test_reading_imports_compiles_and_executes_nothing():
+    "Python reports imports, compilations, executions and opened files to an audit hook."
+    events, listening = set(), []
+    sys.addaudithook(lambda event, args: listening and listening[0] == threading.get_ident() and events.add(event))
+    Path('x.pkl').write_bytes(file())
+    listening.append(threading.get_ident())
+    try:
+        read_checkpoint('x.pkl')
+        reading = events.copy()
+        pickle.loads(BAD)
+    finally: listening.clear()
+    Path('canary').unlink()
+    assert reading <= {'open', 'builtins.id'}   # the second asks whether a module was met before
+    assert {'exec', 'compile', 'pickle.find_class'} <= events
 
 
 def test_attributes_of_an_ordered_dictionary_go_nowhere():

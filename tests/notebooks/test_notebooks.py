@@ -2,9 +2,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,16 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
 LIMIT = 480  # seconds for one notebook; library chapters are meant to take 20, experiments 60
 
-# Runs one notebook in nbdev's shell: cells flagged slow or cuda are skipped; a failing cell prints its traceback.
-CHILD = """
-import sys
-from pathlib import Path
-from nbdev.test import test_nb
-path, base, skip, force = sys.argv[1:]
-ok, seconds = test_nb(Path(path), skip_flags=skip.split(), force_flags=force.split(), basepath=base)
-print(f'{seconds:.1f} s')
-sys.exit(0 if ok else 1)
-"""
+RUN = ROOT/'tests'/'run_notebook.py'
 
 
 def order(path):
@@ -54,33 +42,32 @@ def sandbox(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sandbox')
     evidence = ROOT/'paper_figures'/'evidence'
     if evidence.is_dir(): shutil.copytree(evidence, folder/'paper_figures'/'evidence')
-    return {**os.environ, 'DITNANO_RUNS':str(folder/'runs'), 'DITNANO_FIGURES':str(folder/'paper_figures')}
+    return {'DITNANO_RUNS': str(folder/'runs'), 'DITNANO_FIGURES': str(folder/'paper_figures')}
+
+
+def run(programs, path, skip, force='', env=None):
+    "Exit status and output of a notebook's process."
+    done = programs.run(RUN, path, ROOT, skip, force, env=env, cwd=path.parent, timeout=LIMIT)
+    return done.returncode, done.stdout+done.stderr
 
 
 @pytest.mark.parametrize('path', list(notebooks()))
-def test_notebook(path, sandbox):
+def test_notebook(path, sandbox, programs):
     "Set DITNANO_TEST_FLAGS='slow' (or 'slow cuda') to run the flagged cells too."
-    forced = os.environ.get('DITNANO_TEST_FLAGS', '')
-    command = [sys.executable, '-c', CHILD, str(path), str(ROOT), skip_flags(), forced]
-    process = subprocess.Popen(command, cwd=path.parent, env=sandbox, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, errors='replace', start_new_session=True)
-    try: said, _ = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        pytest.fail(f'{path.name}: not done after {LIMIT} s\n{said[-4000:]}', pytrace=False)
-    if process.returncode: pytest.fail(f'{path.relative_to(ROOT)}\n{said[-8000:]}', pytrace=False)
+    status, said = run(programs, path, skip_flags(), os.environ.get('DITNANO_TEST_FLAGS', ''), sandbox)
+    if status: pytest.fail(f'{path.relative_to(ROOT)}\n{said[-8000:]}', pytrace=False)
 
 
-def test_a_failing_notebook_fails(tmp_path):
-    "The runner itself: a wrong cell must be reported, with its source."
-    cell = {'cell_type': 'code', 'id': 'a', 'metadata': {}, 'outputs': [], 'execution_count': None,
-            'source': 'wrong = 1\nassert wrong == 2'}
+@pytest.mark.parametrize('how', ['programs', 'new_programs'])
+def test_a_failing_notebook_fails(tmp_path, how, request):
+    "The runner itself: a wrong cell must be reported, with its source, and the next notebook still runs."
     kernel = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
-    nb = {'cells': [cell], 'metadata': {'kernelspec': kernel}, 'nbformat': 4, 'nbformat_minor': 5}
-    path = tmp_path/'bad.ipynb'
-    path.write_text(json.dumps(nb))
-    command = [sys.executable, '-c', CHILD, str(path), str(ROOT), 'slow', '']
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert 'AssertionError' in done.stderr and 'wrong == 2' in done.stderr
+    for name, source, expected in (('bad', 'wrong = 1\nassert wrong == 2', 1), ('good', 'right = 2', 0)):
+        cell = {'cell_type': 'code', 'id': 'a', 'metadata': {}, 'outputs': [], 'execution_count': None}
+        nb = {'cells': [cell | {'source': source}], 'metadata': {'kernelspec': kernel}, 'nbformat': 4,
+              'nbformat_minor': 5}
+        path = tmp_path/f'{name}.ipynb'
+        path.write_text(json.dumps(nb))
+        status, said = run(request.getfixturevalue(how), path, 'slow')
+        assert status == expected
+        assert not status or ('AssertionError' in said and 'wrong == 2' in said)

@@ -33,20 +33,35 @@ PROGRAM = textwrap.dedent('''
 ''')
 
 
-def launch(program, processes, *args):
-    "Run a program in one process or in several, and wait for it."
-    several = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'ACCELERATE_USE_CPU':'1'}
-    command = [sys.executable, *several, str(program), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+QUIET = {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': '1', 'DITNANO_MAX_WAIT': '200'}
 
 
-def train(tmp_path, name, processes, pause, minutes=(None, None)):
+@pytest.fixture
+def launch(programs, ranks):
+    "Runs a program in one process or in several, and waits for it."
+    def run(processes, *argv):
+        started = ranks(processes, *argv, **QUIET) if processes > 1 else [programs.start(*argv, env=QUIET)]
+        for done in [program.wait(240) for program in started]: assert done.returncode == 0, done.stderr[-2000:]
+    return run
+
+
+@pytest.fixture
+def train(launch, tmp_path):
+    "Trains in so many processes; the tensors of the last checkpoint."
     (tmp_path/'program.py').write_text(PROGRAM)
-    folder = tmp_path/f'{name}-{processes}'
-    launch(tmp_path/'program.py', processes, name, folder, pause, json.dumps(minutes))
-    return load_file(folder/'state.safetensors')
+
+    def run(name, processes, pause, minutes=(None, None), launch=launch):
+        folder = tmp_path/f'{name}-{processes}'
+        launch(processes, tmp_path/'program.py', name, folder, pause, json.dumps(minutes))
+        return load_file(folder/'state.safetensors')
+    return run
+
+
+def torchrun(processes, *argv):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    done = subprocess.run([*command, *map(str, argv)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | QUIET)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def assert_close(one, two, prefix):
@@ -56,8 +71,8 @@ def assert_close(one, two, prefix):
 
 
 @pytest.mark.parametrize('name', ['get', 'dmd', 'ta', 'mi1', 'get-model'])
-def test_two_processes_train_as_one(name, tmp_path):
-    one, two = train(tmp_path, name, 1, 0.), train(tmp_path, name, 2, 0.02)
+def test_two_processes_train_as_one(name, train):
+    one, two = train(name, 1, 0.), train(name, 2, 0.02)
     assert one.keys() == two.keys() and ('partner.weight' in one or name != 'ta')
     assert_close(one, two, ('model.', 'partner.'))
 
@@ -66,11 +81,14 @@ def steps_done(folder):
     with safe_open(folder/'state.safetensors', 'pt') as f: return int(f.metadata()['step'])
 
 
-def test_two_processes_stop_together(tmp_path):
-    "The first has no time, the second has no limit: both stop together, and resume to the same end."
-    train(tmp_path, 'get', 2, 0.02, minutes=(0, None))
+def test_two_processes_stop_together(train, tmp_path):
+    """The first has no time, the second has no limit: both stop together, and resume to the same end.
+
+    These are started by torchrun itself.
+    """
+    train('get', 2, 0.02, (0, None), torchrun)
     assert steps_done(tmp_path/'get-2') == 2
-    two, one = train(tmp_path, 'get', 2, 0.02, minutes=(None, 0)), train(tmp_path, 'get', 1, 0.)
+    two, one = train('get', 2, 0.02, (None, 0), torchrun), train('get', 1, 0.)
     assert steps_done(tmp_path/'get-2') == 6
     assert_close(one, two, 'model.')
 
@@ -99,10 +117,15 @@ RUN = textwrap.dedent('''
 ''')
 
 
-def run(tmp_path, root, processes, what='all'):
+@pytest.fixture
+def run(launch, tmp_path):
+    "One run in so many processes; its folder."
     (tmp_path/'run.py').write_text(RUN)
-    launch(tmp_path/'run.py', processes, tmp_path/root, what)
-    return next((tmp_path/root).glob('distill-*'))
+
+    def run(root, processes, what='all'):
+        launch(processes, tmp_path/'run.py', tmp_path/root, what)
+        return next((tmp_path/root).glob('distill-*'))
+    return run
 
 
 def record_of(folder):
@@ -110,18 +133,18 @@ def record_of(folder):
     return json.loads((folder/'result.json').read_text())
 
 
-def test_two_processes_judge_as_one(tmp_path):
+def test_two_processes_evaluate_as_one(run, tmp_path):
     "From one and the same checkpoint: the images of two processes are those of one, and so is every number."
-    run(tmp_path, 'one', 1, 'train')
+    run('one', 1, 'train')
     shutil.copytree(tmp_path/'one', tmp_path/'two')
-    one, two = (record_of(run(tmp_path, *how)) for how in (('one', 1), ('two', 2)))
+    one, two = (record_of(run(*how)) for how in (('one', 1), ('two', 2)))
     assert one['metrics'] == two['metrics'] and 'FD-digitsnet (test) min' in one['metrics']
     assert two['device']['processes'] == 2 and 'processes' not in one['device']
 
 
-def test_two_processes_are_one_run(tmp_path):
+def test_two_processes_are_one_run(run):
     "With training, where two processes add in another order: 1e-6 after 40 steps on one processor, 1e-5 on another."
-    one, two = (record_of(run(tmp_path, *how))['metrics'] for how in (('alone', 1), ('together', 2)))
+    one, two = (record_of(run(*how))['metrics'] for how in (('alone', 1), ('together', 2)))
     assert one == pytest.approx(two, rel=1e-4)
     assert one['FD-digitsnet'] > 0
 

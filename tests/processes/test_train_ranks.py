@@ -1,18 +1,16 @@
 "Faults of one rank: the others end in time, with a line that names rank and reason."
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
 PROGRAM = textwrap.dedent('''
-    import os, sys, torch
+    import os, pathlib, sys, time, torch
     from torch import nn
     from ditnano.config import TrainConfig
     from ditnano.train import fit, on_rank0
     torch.set_num_threads(1)
     fault, folder, rank = sys.argv[1], sys.argv[2], int(os.environ['RANK'])
+    ended = [pathlib.Path(f'{folder}-ended-{r}') for r in (0, 1)]
     class Line:
         n, identity = 64, {'task':'line'}
         def __init__(self):
@@ -20,7 +18,7 @@ PROGRAM = textwrap.dedent('''
             self.model, self.x = nn.Linear(1, 1), torch.linspace(-1, 1, 64)[:,None]
         def batch(self, idx): return (self.x[idx],)
         def loss(self, model, batch, step):
-            if fault=='stuck' and rank==1 and step.index==1: import time; time.sleep(60)
+            while fault=='stuck' and rank==1 and step.index==1 and not ended[0].exists(): time.sleep(.05)
             if fault=='step' and rank==1 and step.index==1: raise RuntimeError('broken on purpose')
             return (model(batch[0])-1).square().mean()
     cfg = TrainConfig(images=16*4, batch=16, lr=1e-2)
@@ -33,35 +31,35 @@ PROGRAM = textwrap.dedent('''
             if rank==1: os.path.exists(folder+'/state.safetensors') and os.remove(folder+'/state.safetensors')
         fit(Line(), cfg, folder, 'cpu', log_every=1)
     except BaseException as e: print(f'<{rank}: {type(e).__name__}: {e}>', flush=True)
-    finally: os._exit(0)                        # the agent must not end the other rank for us
+    finally:
+        ended[rank].touch()
+        while rank==0 and not ended[1].exists(): time.sleep(.05)   # the first rank keeps the store of both
+        os._exit(0)                                                # no destructor may wait for the other rank
 ''')
 
 
-def ranks_of(fault, tmp_path):
+def outputs(ranks, fault, tmp_path):
+    "What the two processes of a run print."
     (tmp_path/'program.py').write_text(PROGRAM)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               str(tmp_path/'program.py'), fault, str(tmp_path/'run')]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'DITNANO_MAX_WAIT': '10'}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    return done.stdout
+    wait = 15 if fault == 'stuck' else 100
+    started = ranks(2, tmp_path/'program.py', fault, tmp_path/'run', OMP_NUM_THREADS=1, DITNANO_MAX_WAIT=wait)
+    return ''.join(program.wait(240).stdout for program in started)
 
 
-@pytest.mark.slow
-def test_an_error_of_the_first_rank_reaches_all(tmp_path):
-    said = ranks_of('judge', tmp_path)
+def test_an_error_of_the_first_rank_reaches_all(ranks, tmp_path):
+    said = outputs(ranks, 'judge', tmp_path)
     assert '<0: FileNotFoundError: no extractor>' in said
     assert '<1: RuntimeError: rank 0: FileNotFoundError: no extractor>' in said
 
 
-@pytest.mark.slow
-def test_ranks_that_loaded_different_checkpoints_are_refused(tmp_path):
-    said = ranks_of('folder', tmp_path)
+def test_ranks_that_loaded_different_checkpoints_are_refused(ranks, tmp_path):
+    said = outputs(ranks, 'folder', tmp_path)
     for rank in (0, 1): assert f'<{rank}: ValueError: rank 1 loaded step 0 of' in said, said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('fault', ['step', 'stuck'])
-def test_a_rank_that_fails_or_stands_still_does_not_hold_the_other(fault, tmp_path):
-    said = ranks_of(fault, tmp_path)
+def test_a_rank_that_fails_or_stands_still_does_not_hold_the_other(fault, ranks, tmp_path):
+    said = outputs(ranks, fault, tmp_path)
     assert '<0: RuntimeError: rank 0 of 2, step 2: ' in said, said
     assert '<1: RuntimeError: rank 1 of 2, step 2: broken on purpose' in said or fault == 'stuck', said

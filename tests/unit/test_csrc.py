@@ -107,12 +107,13 @@ def test_sanitizers_short_weights(precision, tmp_path): sanitized(SMALL, tmp_pat
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize('cfg', [SMALL, *ODD[:3], ODD[5]], ids=name)
 @pytest.mark.parametrize('flag', ('-march=x86-64','-march=haswell'))
-def test_sanitizers_narrow_registers(flag, tmp_path):
+def test_sanitizers_narrow_registers(flag, cfg, tmp_path):
     known = run([*compiler(), flag, '-E', '-x', 'c', '/dev/null'], tmp_path)
     if known.returncode: pytest.skip('another processor')
     if 'haswell' in flag and 'avx2' not in Path('/proc/cpuinfo').read_text(): pytest.skip('this processor has no AVX2')
-    sanitized(SMALL, tmp_path, (flag,))
+    sanitized(cfg, tmp_path, (flag,))
 
 
 TEAM = r'''
@@ -217,6 +218,18 @@ def test_an_image_of_given_noise(tmp_path):
     for label in (-1, 4):
         with pytest.raises(ValueError, match='no such label'): c.pixels_of(other, label)
     with pytest.raises(ValueError, match='not finite'): c.pixels_of(other, 0, float('nan'))
+
+
+@needs_compiler
+@pytest.mark.parametrize('cfg', [SMALL, ODD[5]], ids=name)
+def test_plain_loops_are_the_same_network(cfg, tmp_path):
+    model,seeds = student(cfg),range(3)
+    write_source(model, tmp_path)
+    shutil.copyfile(c_source('naive.c'), tmp_path/'onestep.c')
+    c,(x,y) = CStudent(tmp_path),noise_and_labels(seeds, shape(cfg), cfg.classes)
+    with torch.no_grad(): want = OneStep(model, 1.5)(x, y).numpy()
+    got = np.stack([c.floats(s, shape(cfg)) for s in seeds])
+    assert np.linalg.norm(got-want)<1e-5*np.linalg.norm(want) and want.std()>.1
 
 
 @needs_compiler

@@ -32,6 +32,11 @@ enum { LANES = 4, TILE_ROWS = 8, TILE_VECS = 2 };
 #else
 enum { LANES = 4, TILE_ROWS = 4, TILE_VECS = 2 };
 #endif
+#if !defined(__AVX__)
+#define SHORT_REGISTERS 1 /* LANES is 4 */
+#else
+#define SHORT_REGISTERS 0
+#endif
 
 /* Unaligned, and allowed to overlay arrays of numbers. */
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -57,11 +62,14 @@ INLINE float sum_lanes(vec a) {
   for (int l = 0; l < LANES; l++) sum += a[l];
   return sum;
 }
-INLINE vec vmax(vec a, vec b) {
-  ivec larger = a > b;
-  return (vec)(((ivec)a & larger) | ((ivec)b & ~larger));
-}
-INLINE vec vmin(vec a, vec b) { return -vmax(-a, -b); }
+#if defined(__wasm_simd128__) /* one instruction each; a compiler finds it on other processors */
+INLINE vec vmax(vec a, vec b) { return __builtin_wasm_pmax_f32x4(a, b); }
+INLINE vec vmin(vec a, vec b) { return __builtin_wasm_pmin_f32x4(a, b); }
+#else
+INLINE vec choose(ivec which, vec a, vec b) { return (vec)(((ivec)a & which) | ((ivec)b & ~which)); }
+INLINE vec vmax(vec a, vec b) { return choose(a > b, a, b); }
+INLINE vec vmin(vec a, vec b) { return choose(a < b, a, b); }
+#endif
 #endif
 
 /* sum + a * b; compilers fuse it themselves where the processor can, but not for WebAssembly. */
@@ -75,19 +83,20 @@ INLINE vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
 INLINE vec vexp(vec x) {
   const float round = 12582912.f; /* 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits */
   x = vmin(vmax(x, splat(-87.f)), splat(88.f));
-  vec n = x * 1.44269504f + round;
+  vec n = multiply_add(splat(round), x, splat(1.44269504f));
   uvec power = (uvec)n << 23;
   n -= round;
-  x = x - n * .693145752f - n * 1.42860677e-6f; /* ln 2 in two parts */
+  x = multiply_add(multiply_add(x, n, splat(-.693145752f)), n, splat(-1.42860677e-6f)); /* ln 2 in two parts */
 #if STUDENT_BF16
   vec y = splat(4.16666667e-2f);
 #else
-  vec y = (x * 1.38888889e-3f + 8.33333333e-3f) * x + 4.16666667e-2f;
+  vec y = multiply_add(splat(8.33333333e-3f), x, splat(1.38888889e-3f));
+  y = multiply_add(splat(4.16666667e-2f), y, x);
 #endif
-  y = y * x + 1.66666667e-1f;
-  y = y * x + .5f;
-  y = y * x + 1.f;
-  y = y * x + 1.f;
+  y = multiply_add(splat(1.66666667e-1f), y, x);
+  y = multiply_add(splat(.5f), y, x);
+  y = multiply_add(splat(1.f), y, x);
+  y = multiply_add(splat(1.f), y, x);
   return (vec)((uvec)y + power);
 }
 
@@ -216,28 +225,29 @@ INLINE const unit *panel(const Linear *map, int rows, int column, unit *room) {
 
 /* ---- Linear maps ------------------------------------------------------------------------------------------------ */
 
-/* TILE_ROWS tokens by TILE_VECS vectors of columns: the sums stay in registers. */
-INLINE void tile_vectors(const num *a, int stride, const unit *w, int rows, vec s[TILE_ROWS][TILE_VECS]) {
+/* TILE_ROWS tokens by one or two vectors of columns: the sums stay in registers. Rows of `w` are `step` apart. */
+INLINE void tile_vectors(const num *a, int stride, const unit *w, int step, int rows, int vecs,
+                         vec s[TILE_ROWS][TILE_VECS]) {
   for (int i = 0; i < TILE_ROWS; i++)
     for (int j = 0; j < TILE_VECS; j++) s[i][j] = (vec){0};
 #if STUDENT_BF16
   for (int k = 0; k < ROUND_UP(rows, 2) / 2; k++) {
-    ivec w0 = *(const ivec *)(w + 32 * k), w1 = *(const ivec *)(w + 32 * k + LANES);
+    ivec w0 = *(const ivec *)(w + step * k), w1 = vecs > 1 ? *(const ivec *)(w + step * k + LANES) : w0;
     UNROLL(8)
     for (int i = 0; i < TILE_ROWS; i++) {
       ivec b = splat_pair(a + i * stride + 2 * k);
       s[i][0] = dot(s[i][0], b, w0);
-      s[i][1] = dot(s[i][1], b, w1);
+      if (vecs > 1) s[i][1] = dot(s[i][1], b, w1);
     }
   }
 #else
   for (int k = 0; k < rows; k++) {
-    vec w0 = *(const vec *)(w + 32 * k), w1 = *(const vec *)(w + 32 * k + LANES);
+    vec w0 = *(const vec *)(w + step * k), w1 = vecs > 1 ? *(const vec *)(w + step * k + LANES) : w0;
     UNROLL(8)
     for (int i = 0; i < TILE_ROWS; i++) {
       vec b = splat(a[i * stride + k]);
       s[i][0] = multiply_add(s[i][0], b, w0);
-      s[i][1] = multiply_add(s[i][1], b, w1);
+      if (vecs > 1) s[i][1] = multiply_add(s[i][1], b, w1);
     }
   }
 #endif
@@ -327,7 +337,7 @@ INLINE void linear(const num *a, int stride, const Linear *map, int rows, int co
     for (int v = 0; v < 32; v += TILE_VECS * LANES)
       for (int m = tokens.from; m < tokens.to; m += TILE_ROWS) {
         vec s[TILE_ROWS][TILE_VECS];
-        tile_vectors(a + m * stride, stride, w + v, rows, s);
+        tile_vectors(a + m * stride, stride, w + v, 32, rows, TILE_VECS, s);
         for (int i = 0; i < TILE_ROWS; i++)
           for (int j = 0; j < TILE_VECS; j++) {
             int c = n + v + LANES * j;
@@ -360,9 +370,80 @@ INLINE void norm(const float *x, const float *shift, const float *scale, num *ou
   }
 }
 
+#if SHORT_REGISTERS
+/* Short registers: scores and sums are products of tiles, of TILE_ROWS queries by eight keys, then by the features of a
+ * head. A number that is loaded for all lanes meets two registers, so loads do not bound it. Keys are transposed, and
+ * scaled for powers of two; values lie together. `scores` has TILE_ROWS rows, and keys and values behind them. */
+enum { KEYS = ROUND_UP(TOKENS, LANES * TILE_VECS) };
+
+/* 2^x for x <= 0, to 2e-7: no power of e needs to be taken apart. */
+INLINE vec exp2_below(vec x) {
+  const float round = 12582912.f;
+  x = vmax(x, splat(-126.f));
+  vec n = x + round;
+  uvec power = (uvec)n << 23;
+  x -= n - round;
+  vec y = multiply_add(splat(9.67554133e-3f), x, splat(1.32764718e-3f));
+  y = multiply_add(splat(5.55071327e-2f), y, x);
+  y = multiply_add(splat(2.40221197e-1f), y, x);
+  y = multiply_add(splat(6.93146967e-1f), y, x);
+  y = multiply_add(splat(1.00000007f), y, x);
+  return (vec)((uvec)y + power);
+}
+
+/* Scores of TILE_ROWS queries with all keys, and the largest of each row. */
+INLINE void score_tile(const num *q, const float *keys, int size, float *scores, float most[TILE_ROWS]) {
+  vec s[TILE_ROWS][TILE_VECS], largest[TILE_ROWS];
+  for (int i = 0; i < TILE_ROWS; i++) largest[i] = splat(-INFINITY);
+  for (int j = 0; j < KEYS; j += LANES * TILE_VECS) {
+    tile_vectors(q, QKV_PAD, keys + j, TOKENS_PAD, size, TILE_VECS, s);
+    UNROLL(8)
+    for (int i = 0; i < TILE_ROWS; i++) {
+      vec *to = (vec *)(scores + i * TOKENS_PAD + j);
+      to[0] = s[i][0];
+      to[1] = s[i][1];
+      if (KEYS > TOKENS) /* no such keys */
+        for (int k = TOKENS - j; k < LANES * TILE_VECS; k++) ((float *)to)[k] = -INFINITY;
+      largest[i] = vmax(largest[i], vmax(to[0], to[1]));
+    }
+  }
+  for (int i = 0; i < TILE_ROWS; i++) {
+    most[i] = -INFINITY;
+    for (int l = 0; l < LANES; l++) most[i] = largest[i][l] > most[i] ? largest[i][l] : most[i];
+  }
+}
+
+INLINE void attend_vectors(const num *qkv, num *out, vec *room, int size, Range tokens) {
+  const int columns = ROUND_UP(size, LANES);
+  float *scores = (float *)room, *keys = scores + TILE_ROWS * TOKENS_PAD, *values = keys + size * TOKENS_PAD;
+  for (int h = 0; h < WIDTH / size; h++) {
+    for (int j = 0; j < TOKENS; j++)
+      for (int c = 0; c < size; c++) {
+        const num *key = qkv + j * QKV_PAD + WIDTH + h * size + c;
+        keys[c * TOKENS_PAD + j] = key[0] * 1.44269504f;
+        values[j * columns + c] = key[WIDTH];
+      }
+    for (int t = tokens.from; t < tokens.to; t += TILE_ROWS) {
+      float most[TILE_ROWS], inverse[TILE_ROWS];
+      score_tile(qkv + t * QKV_PAD + h * size, keys, size, scores, most);
+      for (int i = 0; i < TILE_ROWS; i++) {
+        vec *row = (vec *)(scores + i * TOKENS_PAD), sum = {0};
+        for (int j = 0; j < KEYS / LANES; j++) sum += row[j] = exp2_below(row[j] - most[i]);
+        inverse[i] = 1 / sum_lanes(sum);
+      }
+      for (int c = 0; c < size; c += LANES * TILE_VECS) {
+        vec s[TILE_ROWS][TILE_VECS];
+        tile_vectors(scores, TOKENS_PAD, values + c, columns, TOKENS, columns - c > LANES ? 2 : 1, s);
+        for (int i = 0; i < TILE_ROWS; i++)
+          for (int k = 0; k < LANES * TILE_VECS && c + k < size; k++)
+            out[(t + i) * WIDTH_PAD + h * size + c + k] = s[i][k / LANES][k % LANES] * inverse[i];
+      }
+    }
+  }
+}
+#elif !STUDENT_BF16
 /* Heads are small (8 to 16 features), so a register holds LANES queries, not features: a key or a value is one number
  * that meets all of them, every register is full, and nothing is transposed. `scores` has a vector for each key. */
-#if !STUDENT_BF16
 INLINE vec gather(const num *from, int stride) {
   vec a = {0};
   for (int l = 0; l < LANES; l++) a[l] = from[l * stride];
@@ -509,8 +590,13 @@ enum {
   A_BYTES = (int)sizeof(num) * TOKENS_PAD * WIDTH_PAD,
   H_BYTES = (int)sizeof(num) * TOKENS_PAD * IN_NUMBERS,
   QKV_BYTES = (int)sizeof(num) * TOKENS_PAD * QKV_PAD,
+#if SHORT_REGISTERS
+  SCORES_BYTES = 4 * TILE_ROWS * TOKENS_PAD,
+  VALUES_BYTES = 4 * TOKENS_PAD * (STUDENT_HEAD_MAX + ROUND_UP(STUDENT_HEAD_MAX, LANES)),
+#else
   SCORES_BYTES = 4 * LANES * TOKENS_PAD,
   VALUES_BYTES = STUDENT_BF16 * 2 * TOKENS_PAD * ROUND_UP(STUDENT_HEAD_MAX, 2),
+#endif
   TABLE_BYTES = sizeof(table_t) < 4 ? 4 * 6 * WIDTH_PAD : 0,
   PANEL_BYTES = STORED_AS_USED ? 0 : 4 * PANEL_UNITS,
   SHARED_BYTES = BARRIER_BYTES + X_BYTES + LAST_BYTES + A_BYTES + H_BYTES + QKV_BYTES,

@@ -6,6 +6,7 @@
  *   if (exports.open()) ...                      // an error; text(exports.message(code)) says which
  *   exports.draw(seed, label, guidance);         // label -1 is drawn from the seed
  *   exports.walk(seed, other, t, label, guidance); // noise on the arc from one seed's (t = 0) to the other's (t = 1)
+ *   exports.draw_noise(label, guidance);         // of the floats at exports.noise(), (channels, size, size)
  *   const rows = new Uint8Array(exports.memory.buffer, exports.pixels(), exports.pixels_bytes());
  *
  * A worker of its own for each thread: a module draws one image at a time.
@@ -57,6 +58,12 @@ EXPORT(walk) StudentError walk(uint32_t seed, uint32_t other, float t, int label
     for (int i = 0; i < STUDENT_PIXELS; i++) noise_at[i] = from * noise_at[i] + to * other_noise_at[i];
   }
   return student_draw_noise(student, noise_at, label == STUDENT_ANY_LABEL ? drawn : label, guidance, pixels_at);
+}
+
+EXPORT(noise) float *noise(void) { return noise_at; }
+
+EXPORT(draw_noise) StudentError draw_noise(int label, float guidance) {
+  return student ? student_draw_noise(student, noise_at, label, guidance, pixels_at) : STUDENT_NO_WEIGHTS;
 }
 
 EXPORT(pixels) const uint8_t *pixels(void) { return pixels_at; }

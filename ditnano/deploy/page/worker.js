@@ -27,6 +27,10 @@ const tasks = {
     return { fused };
   },
   draw: ({ seed, label, guidance }) => timed(() => student.draw(seed, label, guidance)),
+  noise: ({ noise, label, guidance }) => timed(() => {
+    new Float32Array(student.memory.buffer, student.noise(), noise.length).set(noise);
+    return student.draw_noise(label, guidance);
+  }),
   walk: ({ from, to, place, label, guidance }) => timed(() => student.walk(from, to, place, label, guidance)),
 };
 
