@@ -430,18 +430,20 @@ def _print_quality(q):
 
 # %% ../nbs/50_cli.ipynb #8214a6fc
 def bench(
-    what:tyro.conf.Positional[Literal['tables','sampling','frame','record','train','pairs','recipes']]='tables', # Timed
+    what:tyro.conf.Positional[
+        Literal['tables','sampling','frame','web','record','train','pairs','recipes']]='tables', # Timed
     students:tuple[Design,...]=((5, 64, 8), (7, 192, 12)), # Designs (tables takes the paper's)
     models:tuple[Design,...]=(),    # GET models of record, as 6,256,4 for Table 5
     batch:int|None=None,       # Images at once; default 128 for sampling, 32 for training
     rounds:int=3,                   # Rounds of all sides; seconds for each recipe
-    backends:str='eager,native,openvino', # Ways of sampling; also compiled, onnxruntime, tensorrt
+    backends:str='eager,native,openvino', # Ways of sampling; also compiled, onnxruntime, tensorrt; browser for frame
     precisions:str='fp32,bf16',     # Of sampling; also fp16
     guidance:float|None=None,       # 1 is off; default 1.5 for frame and record, 1 for sampling
     loss:str='L2',                  # Of training, on all sides
     busy:int=0,                     # Of training: busy processes beside it, for three ways of waiting
     teacher:str='digits32',         # Of pairs
     device:str='auto',              # Where: auto, cpu, cuda or mps
+    fetch:bool=False,               # Of web: get onnxruntime-web by npm
     out:Path|None=None,        # CSV to write
 ):
     """Time Tables 2 and 5 on this machine; or sampling, a training step, pairs and recipes beside plain ones.
@@ -454,6 +456,12 @@ def bench(
 
     frame times single guided images; record writes latencies of PyTorch as records into the folder of runs, as the
     tables draw them: Table 5 needs guidance 1 and 1.5, and its GET model.
+
+    Example: ditnano bench frame --backends native,onnxruntime,browser
+
+    web sets the exported page's engine beside onnxruntime-web and plain loops of C, in turns in one headless Chromium.
+
+    Example: ditnano bench web --fetch
 
     Example: ditnano bench sampling --students 7,192,12 --backends native,openvino
 
@@ -469,6 +477,7 @@ def bench(
     elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
     elif what=='recipes': rows = b.bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
     elif what=='frame': rows = b.bench_frames(students, ways, kinds, guided, device=device)
+    elif what=='web': rows = b.bench_web(students, runs_dir(), rounds, fetch=fetch)
     elif what=='record':
         rows = b.bench_records(students, runs_dir(), batch or 128, kinds, guided, device=device, models=models)
     else:
