@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Count', 'Design', 'Seeds', 'Minutes', 'Backend', 'RECIPE_OPTIONS', 'RecipeOptions', 'TRAIN_DEFAULTS', 'MEASURED_HERE',
            'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'parse_seeds', 'UsageError', 'design',
-           'explore', 'doctor', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options', 'GETModelOptions',
-           'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease', 'with_help', 'main']
+           'explore', 'doctor', 'distill', 'teach', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options',
+           'GETModelOptions', 'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease',
+           'with_help', 'main']
 
 # %% ../nbs/50_cli.ipynb #4d23268f
 import contextlib
@@ -26,7 +27,7 @@ import tyro
 
 from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
-from .deploy.jetson import table
+from .deploy.jetson import text_table
 from .principles import parse_count, propose
 from .repro import repo_root, runs_dir, write_json
 
@@ -147,6 +148,62 @@ def doctor(
     print(text)
     if damaged: raise RuntimeError(f"{damaged} damaged; see above for what to do")
 
+# %% ../nbs/50_cli.ipynb #57eb5c68
+def distill(
+    images:str|None=None,      # A folder, zip, .npz, data set or hf:OWNER/NAME; default the digits of the package
+    max_params:Count=425_000,  # Most parameters of the student: 425000, 425k, 0.42M or 1e6
+    out:Path=Path('product'),  # Folder; one that was stopped is resumed
+    teacher:str|None=None,     # A teacher, by name or folder; default one is trained (the digits' own is shipped)
+    minutes:Minutes=None,      # For everything; default 10 for the digits, else 60
+    size:int|None=None,        # Side of the images in pixels, a multiple of 4; default as they are, if that fits
+    channels:Literal[1,3]=3,   # Their channels; 1 is grey
+    skip_damaged:bool=False,   # Skip pictures that cannot be read, and list them
+    columns:str|None=None,     # Of a data set, as in image,label; default by their types
+    guidance:float|None=None,  # Classifier-free guidance; default 1.5, for a single class 1
+    loss:str|None=None,        # As for train; default the best that is here
+    exports:str='onnx-fp32,onnx-fp16,onnx-int8,c,web', # Files to write, or none
+    seed:int=0,                # Of all training
+    device:str='auto',         # Where: auto, cpu, cuda or mps
+):
+    """Make a small one-step generator of your pictures: teacher, pairs, student, evaluation, exports and a page on it.
+
+    Example: ditnano distill
+
+    Example: ditnano distill --images photos/ --max-params 425000 --minutes 120 --out product/
+    """
+    from ditnano.lab.product import distill
+    minutes = _minutes_left(minutes, 10. if images is None else 60.)
+    chosen = () if exports=='none' else tuple(exports.split(','))
+    distill(images, out, max_params, teacher, minutes, size, guidance, loss, chosen, seed, device, _say,
+            **_picture_options(channels, skip_damaged, columns))
+
+def _say(line): print(line, flush=True)
+
+def _picture_options(channels, skip_damaged, columns):
+    return {'channels':channels, 'skip_damaged':skip_damaged, 'columns':columns}
+
+# %% ../nbs/50_cli.ipynb #0f06e5b2
+def teach(
+    images:str,                # A folder, zip, .npz, data set, hf:OWNER/NAME, digits32 or cifar10
+    out:Path=Path('teacher'),  # Folder; one that was stopped is resumed
+    size:int|None=None,        # Side of the images in pixels, a multiple of 4; default as they are, if that fits
+    minutes:float=60,          # For the training, annealed to its end
+    preset:Literal['small','medium','7m','cifar10']|None=None, # Size of the teacher; default by pictures and rate
+    augment:float=0.12,        # Chance of each augmentation; 0 for none
+    channels:Literal[1,3]=3,   # Channels of the images; 1 is grey
+    skip_damaged:bool=False,   # Skip pictures that cannot be read, and list them
+    columns:str|None=None,     # Of a data set, as in image,label; default by their types
+    seed:int=0,                # Of the training
+    device:str='auto',         # Where: auto, cpu, cuda or mps
+):
+    """Train a teacher on your pictures, for `ditnano distill --teacher` and `ditnano pairs --teacher`.
+
+    Example: ditnano teach --images photos/ --size 32 --minutes 120 --out teacher/
+    """
+    from ditnano.lab.product import teach
+    print(teach(images, out, size, _minutes_left(minutes), preset, augment, seed, device, _say,
+                **_picture_options(channels, skip_damaged, columns)))
+
 # %% ../nbs/50_cli.ipynb #2d071cca
 def pairs(
     teacher:str='digits32',         # Name or folder of a teacher, or a released .pkl
@@ -266,7 +323,8 @@ def train(
     _fit(_make_task(recipe, design, data, loss, config.seed), config, Path(out), device, limit)
 
 def _fit(task, config, out, device, minutes):
-    from ditnano.train import Progress, fit
+    from ditnano.state import Progress
+    from ditnano.train import fit
     state = fit(task, config, out, device, callback=Progress('train'), minutes=minutes)
     done = 100*state.step//config.steps
     if state.step<config.steps: return print(f'{out}: stopped at {done}%; the same command resumes it')
@@ -332,6 +390,7 @@ def eval(
     size:int|None=None,          # Their side in pixels; default as they are
     channels:Literal[1,3]=3,     # Their channels; 1 is grey
     skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
+    columns:str|None=None,       # Of a data set, as in image,label; default by their types
     extractors:str='digitsnet',  # Feature extractors, as in cifarnet,squeezenet; inception gives FID and IS
     samples:int=1000,            # Images compared; 50000 is usual for an FID
     guidance:float=1.5,          # Classifier-free guidance; 1 is off
@@ -346,7 +405,7 @@ def eval(
     from ditnano.lab.experiments import EVAL_SEED
     from ditnano.metrics import SMALL_SET, card, compare_small_sets, evaluate, metric_label, reference_set
     from ditnano.sampling import sample, sample_labels
-    options = _image_options(size, channels, skip_damaged)
+    options = _image_options(size, channels, skip_damaged, columns)
     model, reference, names = load_model(weights), reference_set(data, **options), extractors.split(',')
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
     images, labels = sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg)
@@ -358,10 +417,10 @@ def eval(
     made = card(samples, reference, names, loss, [seeds[0], seeds[-1]], guidance, device=device)
     if out: write_json(out, {'numbers':numbers, 'card':made})
 
-def _image_options(size, channels, skip_damaged):
+def _image_options(size, channels, skip_damaged, columns):
     "Options of `load_images` that differ from its own."
-    if (size, channels, skip_damaged)==(None, 3, False): return {}
-    return {'size':size, 'channels':channels, 'skip_damaged':skip_damaged, 'log':print}
+    if (size, channels, skip_damaged, columns)==(None, 3, False, None): return {}
+    return {'size':size, 'channels':channels, 'skip_damaged':skip_damaged, 'columns':columns, 'log':print}
 
 def _training_loss(model):
     known = model.card or {}
@@ -387,6 +446,7 @@ def export(
     size:int|None=None,          # Their side in pixels; default as they are
     channels:Literal[1,3]=3,     # Their channels; 1 is grey
     skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
+    columns:str|None=None,       # Of a data set, as in image,label; default by their types
 ):
     """Write a student for other runtimes, compared with the student at once.
 
@@ -420,7 +480,7 @@ def export(
     else: made = to_openvino(model, out, precision, guidance, batch)
     print(f"{out}: {made['bytes']:,} bytes")
     if quality:
-        images = load_images(data, **_image_options(size, channels, skip_damaged))
+        images = load_images(data, **_image_options(size, channels, skip_damaged, columns))
         _print_quality(compare_quality(model, out, extractor, quality, images))
 
 def _print_quality(q):
@@ -471,7 +531,7 @@ def bench(
     ways, kinds = backends.split(','), precisions.split(',')
     guided = (1.5 if what in ('frame', 'record') else 1.) if guidance is None else guidance
     if what=='tables':
-        print(table(b.bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device)))
+        print(text_table(b.bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device)))
     if what=='train' and busy: rows = b.bench_busy(busy, students[0], batch or 32, rounds, loss)
     elif what=='train': rows = b.bench_train(students, batch or 32, rounds, loss, device)
     elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
@@ -483,7 +543,7 @@ def bench(
     else:
         designs = b.TABLE_2 if what=='tables' else students
         rows = b.bench_tables(designs, ways, batch or 128, rounds, guided, kinds, device)
-    print(table(rows))
+    print(text_table(rows))
     if out: _write_rows(rows, out)
 
 # %% ../nbs/50_cli.ipynb #002292c6
@@ -543,9 +603,9 @@ def _verify(folder, device):
     import tempfile
 
     from ditnano.lab.execute import VERIFY_TOLERANCE, verify
-    from ditnano.train import Progress
+    from ditnano.state import Progress
     with tempfile.TemporaryDirectory() as root: found = verify(folder, root, device, Progress('verify'))
-    print(table([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']}
+    print(text_table([{'metric':k, 'recorded':v['recorded'], 'again':v['again'], 'relative difference':v['relative']}
                  for k, v in found.items()]))
     if wrong := [k for k, v in found.items() if not v['within']]:
         raise RuntimeError(f"{folder.name}: {wrong[0]} differs by more than {VERIFY_TOLERANCE:g}; "
@@ -615,13 +675,13 @@ def _list_best(runs, out):
     _, found, _ = load_runs('smoke', runs or '', out or '')
     best = {e:best_scale(found, e) for e in EXPERIMENT_FILTERS}
     print(f"computed here: {', '.join(MEASURED_HERE)}; only drawn, from the best that has been run:")
-    print(table([{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))} for e, s in best.items()]))
+    print(text_table([{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))} for e, s in best.items()]))
 
 # %% ../nbs/50_cli.ipynb #c569af97
 def _dry_run(scale, root, device, out):
     from ditnano.lab.plan import GPU_RATE_NOTE, gpu_hours, plan, summarize_plan
     rows, lacks, rates = plan(scale, root, device, out or '')
-    print(table([r | {'done':'yes' if r['done'] else 'no', 'recorded':r['recorded'] or ''} for r in rows]))
+    print(text_table([r | {'done':'yes' if r['done'] else 'no', 'recorded':r['recorded'] or ''} for r in rows]))
     print(summarize_plan(rows, scale, rates))
     print(f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
     print('\n'.join(f'missing: {line}' for line in lacks) or 'nothing is missing')
@@ -647,10 +707,11 @@ def lease(
     Example: ditnano lease --take packs/
     """
     from ditnano.lab.evidence import evidence_folders
-    from ditnano.lab.lease import describe_lease, lease, parse_size, plan_lease, take_home
+    from ditnano.lab.lease import describe_lease, describe_rates, lease, plan_lease, take_home
+    from ditnano.lab.packs import parse_size
     s = load_scale(scale)
     done = [evidence] if evidence else evidence_folders(out or '')
-    if dry_run: return print(describe_lease(plan_lease(s, minutes, roots=done)))
+    if dry_run: return print(describe_rates(), describe_lease(plan_lease(s, minutes, roots=done)), sep='\n')
     if take and not out: return print(take_home(s, take, runs or runs_dir(), weights, evidence))
     if not out: raise ValueError("out: none; expected --out, a folder for the packs, or --take")
     lease(s, _minutes_left(minutes, minutes), out, take, device, parse_size(pack_size), packs, done)
@@ -658,7 +719,8 @@ def lease(
 
 # %% ../nbs/50_cli.ipynb #e9d3408a
 COMMANDS = {f.__name__:f for f in
-            (design, explore, pairs, train, sample, eval, bench, export, sweep, lease, paper, build, doctor)}
+            (design, explore, distill, teach, pairs, train, sample, eval, bench, export, sweep, lease, paper, build,
+             doctor)}
 ABOUT = 'Design, distill, measure and ship tiny one-step diffusion transformers. `--version` prints the version.'
 OPTIONS = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes,
            tyro.conf.DisallowNone)

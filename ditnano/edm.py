@@ -200,7 +200,8 @@ def edm_inputs(
     dev, augment_labels = images.device, None
     if _unwrapped(net).cfg.augment_dim: images, augment_labels = augment(images, augment_p, generator)
     sigma = to_device((torch.randn(len(images), generator=generator)*1.2 - 1.2).exp(), dev)
-    noise = randn(*images.shape, device=dev) if randn else to_device(torch.randn(images.shape, generator=generator), dev)
+    if randn: noise = randn(*images.shape, device=dev)
+    else: noise = to_device(torch.randn(images.shape, generator=generator), dev)
     return images, labels, sigma, noise, augment_labels
 
 def _unwrapped(net): return getattr(net, 'module', net)   # several processes wrap the network
@@ -370,7 +371,7 @@ def _read_net(where, d):
 
 # %% ../nbs/21_edm.ipynb #21a7f9ac
 TEACHERS = ('digits32','cifar16','cifar10-small','cifar10-7m','edm-cifar10-vp')
-READERS = {  # A name, an ending, or a file in a folder -> the function that reads it
+READERS = {  # A name, an ending, or a file in a folder -> the function that reads it, or its path
     'edm-cifar10-vp':'ditnano.interop.nvidia:load_released',
     **dict.fromkeys(('.pkl','.pt','.pth'), 'ditnano.interop.nvidia:load_released'),
     **dict.fromkeys(('model_index.json','scheduler_config.json','diffusion_pytorch_model.safetensors','hf:'),
@@ -384,6 +385,7 @@ def _reader(name):
     asked = {'hf:' if str(name).startswith('hf:') else str(name)}
     key = None if files>=set(WEIGHT_FILES) else next((k for k in READERS if k in files | asked), None)
     if key is None: return None
+    if callable(READERS[key]): return READERS[key]
     module, _, function = READERS[key].partition(':')
     return getattr(importlib.import_module(module), function)
 

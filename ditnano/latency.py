@@ -10,11 +10,13 @@ __all__ = ['Timing', 'measure', 'cpu_clocks', 'gpu_clocks', 'device_card', 'extr
 # %% ../nbs/42_latency.ipynb #0e31786b
 import contextlib
 import copy
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,22 +63,17 @@ class Timing:
 # %% ../nbs/42_latency.ipynb #592d8fd3
 def _timed(fn, device, clock):
     "Wall seconds of one call, and seconds on the GPU (None elsewhere)."
-    if device.type!='cuda':
-        sync = torch.mps.synchronize if device.type=='mps' else lambda: None
+    cuda = device.type=='cuda'
+    sync = {'cuda':partial(torch.cuda.synchronize, device), 'mps':torch.mps.synchronize}.get(device.type, lambda: None)
+    with torch.cuda.device(device) if cuda else contextlib.nullcontext():
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2*cuda)]
         sync()
         start = clock()
+        if cuda: events[0].record()
         fn()
+        if cuda: events[1].record()
         sync()
-        return clock()-start, None
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start = clock()
-    with torch.cuda.device(device):
-        first.record()
-        fn()
-        last.record()
-    torch.cuda.synchronize(device)
-    return clock()-start, first.elapsed_time(last)/1e3
+        return clock()-start, events[0].elapsed_time(events[1])/1e3 if cuda else None
 
 def _warm_up(fn, device, window, tolerance, max_warmup, max_seconds, clock):
     "Calls made until the running median settled, and whether it did."
@@ -158,14 +155,12 @@ def device_card(
 )->dict: # JSON-able
     "What has to stand beside a latency."
     device = pick_device(str(device))
-    cuda = device.type=='cuda'
-    f = fingerprint(device)
-    card = {k:f[k] for k in ('device','device_name','system','cores','threads')} | {'torch':torch.__version__}
-    card |= {'precision':precision, 'tf32':cuda and torch.backends.cuda.matmul.allow_tf32, 'attention':attention}
-    forwards = steps*(1 if guidance in (None,1) else 2)
-    card |= {'backend':backend, 'guidance':guidance, 'forwards_per_image':forwards, 'cpu':cpu_clocks()}
-    if cuda: card |= {'cuda':torch.version.cuda, 'gpu':gpu_clocks(device)}
-    return card | more
+    cuda, f = device.type=='cuda', fingerprint(device)
+    gpu = {'cuda':torch.version.cuda, 'gpu':gpu_clocks(device)} if cuda else {}
+    return {**{k:f[k] for k in ('device','device_name','system','cores','threads')}, 'torch':torch.__version__,
+            'precision':precision, 'tf32':cuda and torch.backends.cuda.matmul.allow_tf32, 'attention':attention,
+            'backend':backend, 'guidance':guidance, 'forwards_per_image':steps*(1 if guidance in (None,1) else 2),
+            'cpu':cpu_clocks(), **gpu, **more}
 
 # %% ../nbs/42_latency.ipynb #66e9efe1
 def extrapolate(
@@ -174,12 +169,12 @@ def extrapolate(
     images:int=50_000, # Images to account for
 )->dict: # seconds (`seconds_50k` at 50,000), milliseconds per batch, images per second
     "From some batches to all, by the median batch."
-    whole = 'seconds_50k' if images==50_000 else 'seconds'
     ms = {f'{k}_ms':1e3*getattr(timing,k) for k in ('p50','p90','p99','mean','min')}
-    gpu = {'gpu_p50_ms':1e3*float(np.median(timing.gpu))} if timing.gpu else {}
-    out = {whole:timing.p50*images/batch, **ms, **gpu, 'images_per_s':batch/timing.p50, 'images':images, 'batch':batch}
-    return out | {'batches':timing.n, 'batches_in_all':math.ceil(images/batch), 'warmup':timing.warmup,
-                  'settled':timing.settled, 'samples_ms':[1e3*s for s in timing.samples]}
+    if timing.gpu: ms['gpu_p50_ms'] = 1e3*float(np.median(timing.gpu))
+    return {'seconds_50k' if images==50_000 else 'seconds':timing.p50*images/batch, **ms,
+            'images_per_s':batch/timing.p50, 'images':images, 'batch':batch, 'batches':timing.n,
+            'batches_in_all':math.ceil(images/batch), 'warmup':timing.warmup, 'settled':timing.settled,
+            'samples_ms':[1e3*s for s in timing.samples]}
 
 # %% ../nbs/42_latency.ipynb #806c08aa
 def batch_step(
@@ -230,8 +225,8 @@ def time_sampling(
     timing = measure(step, batches, device, max_warmup=max_warmup, max_seconds=max_seconds)
     card = device_card(device, precision, guidance, attention, backend, getattr(model.cfg, 'steps', 1),
                        timed='forward, guidance, rounding on the device; noise and copy to the host excluded')
-    options = {'guidance':guidance, 'precision':precision, 'backend':backend, 'attention':attention, 'card':card}
-    return extrapolate(timing, batch, images) | options
+    return extrapolate(timing, batch, images) | {'guidance':guidance, 'precision':precision, 'backend':backend,
+                                                 'attention':attention, 'card':card}
 
 # %% ../nbs/42_latency.ipynb #dcffd860
 def frame_time(
@@ -244,33 +239,28 @@ def frame_time(
     max_seconds:float=5.,   # Warm-up stops after the frame that passes this
 )->list: # A dict per back-end and precision, times in milliseconds
     "Milliseconds of single images: the median and the slowest of a hundred."
-    _check_backends(backends, precisions)
     if frames<1: raise ValueError(f"frames={frames}; expected 1 or more")
     rows, noise, guidance = [], sample_inputs([0], model.cfg), 1 if guidance is None else guidance
-    build_sampler(model, guidance) # refuses what fits no back-end
-    for key in [(b,p) for b in backends for p in precisions]:
-        step, why = _try_backend(model, guidance, key, device, 1)
-        if step is None:
-            print(f"skipped: {key[0]} {key[1]} ({why})")
-            continue
-        given = [a if a is None else a.to(step.device) for a in noise]
-        def frame(step=step, given=given): return to_bytes(step(*given))
-        backend = _run_once(frame, key[0])
-        t = measure(frame, frames, step.device, max_seconds=max_seconds)
-        rows.append({'backend':backend, 'precision':key[1], 'guidance':guidance, 'frames':frames, 'p50_ms':1e3*t.p50,
+    for (backend,precision),(step,where) in _runnable(model, noise, guidance, backends, precisions, device).items():
+        def frame(step=step): return to_bytes(step())
+        backend = _run_once(frame, backend)
+        t = measure(frame, frames, where, max_seconds=max_seconds)
+        rows.append({'backend':backend, 'precision':precision, 'guidance':guidance, 'frames':frames, 'p50_ms':1e3*t.p50,
                      'p99_ms':1e3*t.p99, 'frames_per_s':1/t.p50, 'settled':t.settled})
     return rows
 
-def _try_backend(model, guidance, key, device, batch):
-    "A sampler, or None and the reason why there is none."
-    own_device = device if BACKENDS[key[0]] is None else None
-    try: return build_sampler(model, guidance, *key, own_device, batch), ''
-    except (RuntimeError,ValueError) as e: return None, str(e)
-
-def _check_backends(backends, precisions):
+def _runnable(model, noise, guidance, backends, precisions, device):
+    "A call and its device for each (back-end, precision) that can run here; a line for each other."
     for what,given,known in (('backend',backends,BACKENDS), ('precision',precisions,DTYPES)):
         for g in given:
             if g not in known: raise ValueError(f"{what} {g!r}; expected some of {', '.join(known)}")
+    build_sampler(model, guidance) # refuses what fits no back-end
+    out = {}
+    for b,p in itertools.product(backends, precisions):
+        try: step = build_sampler(model, guidance, b, p, device if BACKENDS[b] is None else None, len(noise[0]))
+        except (RuntimeError,ValueError) as e: print(f"skipped: {b} {p} ({e})")
+        else: out[b,p] = partial(step, *(a if a is None else a.to(step.device) for a in noise)), step.device
+    return out
 
 # %% ../nbs/42_latency.ipynb #f842cd16
 def interleaved(
@@ -283,7 +273,7 @@ def interleaved(
     if rounds<1: raise ValueError(f"interleaved: rounds={rounds}; expected 1 or more")
     device, taken = pick_device(str(device)), {k:[] for k in fns}
     for r in range(rounds):
-        for k in (list(fns) if r%2==0 else reversed(list(fns))): taken[k].append(_timed(fns[k], device, clock))
+        for k in list(fns)[::-1 if r%2 else 1]: taken[k].append(_timed(fns[k], device, clock))
     return taken
 
 # %% ../nbs/42_latency.ipynb #58aa3218
@@ -302,11 +292,6 @@ class PairedTiming:
     def rates(self)->tuple: # Items per second of a and b
         "Throughput of both, by the median call."
         return self.items[0]/self.a.p50, self.items[1]/self.b.p50
-
-    @property
-    def decided(self)->bool:
-        "Whether both quartiles of the ratio lie on one side of 1."
-        return self.low>1 or self.high<1
 
     def to_dict(self)->dict:
         "As JSON can hold it."
@@ -327,7 +312,7 @@ def paired_timing(
     if rounds<1: raise ValueError(f"paired: rounds={rounds}; expected 1 or more")
     device, items = pick_device(str(device)), tuple(items) if isinstance(items,(tuple,list)) else (items,items)
     warm = [_warm_up(f, device, 3, .05, max_warmup, max_seconds, clock) for f in (fn_a,fn_b)]
-    sides, ratios = [], []
+    sides = []
     for taken,warmed in zip(interleaved({'a':fn_a, 'b':fn_b}, rounds, device, clock).values(), warm):
         walls, gpus = zip(*taken)
         sides.append(Timing.of(walls, *warmed, [] if gpus[0] is None else gpus))
@@ -342,7 +327,7 @@ def _fastest(fn, device, seconds):
     timer = torch.utils.benchmark.Timer('fn()', globals={'fn':fn}, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=seconds).times)
 
-def _check_precision(precision):
+def _dtype(precision):
     if precision not in DTYPES: raise ValueError(f"precision {precision!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[precision]
 
@@ -353,7 +338,7 @@ def gemm_rate(
     seconds:float=.3,     # Time for products, of which the fastest counts
 )->float: # FLOP/s, 2 per multiply-add
     "The rate that a large square matrix product reaches."
-    dtype, device = _check_precision(precision), pick_device(str(device))
+    dtype, device = _dtype(precision), pick_device(str(device))
     n = size or (768 if device.type=='cpu' else 8192)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2*n**3/_fastest(lambda: a@b, device, seconds)
@@ -377,7 +362,7 @@ def head_rate(
     seconds:float=.3,     # Time for products, of which the fastest counts
 )->float: # FLOP/s, 2 per multiply-add
     "The rate that products of queries and keys reach at the size of a design's narrowest head."
-    dtype, device, tokens = _check_precision(precision), pick_device(str(device)), (cfg.image_size//cfg.patch)**2
+    dtype, device, tokens = _dtype(precision), pick_device(str(device)), (cfg.image_size//cfg.patch)**2
     features = cfg.width//max(cfg.heads_per_layer)
     q, k = (torch.randn(32, tokens, features, device=device).to(dtype) for _ in range(2))
     return 2*32*tokens**2*features/_fastest(lambda: q@k.transpose(1,2), device, seconds)
@@ -388,7 +373,7 @@ def exponential_rate(
     seconds:float=.3,     # Time for calls, of which the fastest counts
 )->float: # Exponentials/s, of numbers that are in the cache
     "The rate of exponentials."
-    dtype, device = _check_precision(precision), pick_device(str(device))
+    dtype, device = _dtype(precision), pick_device(str(device))
     x = torch.randn(1<<16 if device.type=='cpu' else 1<<24, device=device).to(dtype)
     out = torch.empty_like(x)
     return x.numel()/_fastest(lambda: torch.exp(x, out=out), device, seconds)
@@ -420,20 +405,6 @@ def share_of_limit(
     return {'limit_s':limit, 'bound':bound, 'share':limit/seconds, 'flops_per_s':flops/seconds}
 
 # %% ../nbs/42_latency.ipynb #89eceb5c
-def _runnable_sides(model, noise, guidance, keys, device):
-    "A call for each (back-end, precision) that can run here, its images, and whether it replays a recording."
-    steps, images, recorded = {}, {}, {}
-    for key in keys:
-        step, why = _try_backend(model, guidance, key, device, len(noise[0]))
-        if step is None:
-            print(f"skipped: {key[0]} {key[1]} ({why})")
-            continue
-        given = [a.to(step.device) for a in noise]
-        steps[key] = lambda step=step, given=given: step(*given)
-        images[key] = [steps[key]() for _ in range(2)][-1].cpu()
-        recorded[key] = step.recorded()
-    return steps, images, recorded
-
 def bench_sampling(
     designs,                # DiTConfigs, of one step or several
     batch:int=128,          # Images per call
@@ -445,22 +416,21 @@ def bench_sampling(
     clock:Callable[[],float]=time.perf_counter, # Seconds; replaced in tests
 )->list: # A dict per design, back-end and precision
     "Back-ends against the plain fp32 module, in turns: seconds, how many times as fast, and the error."
-    _check_backends(backends, precisions)
     rows, plain = [], ('eager','fp32')
-    keys = list(dict.fromkeys([plain, *((b,p) for b in backends for p in precisions)]))
     for cfg in designs:
         model = randomize_weights(DiT(cfg), 1).to(pick_device(str(device))).eval()
-        build_sampler(model, guidance, *plain)
         noise = sample_inputs(range(batch), cfg)[:2]
-        steps, images, recorded = _runnable_sides(model, noise, guidance, keys, device)
+        sides = _runnable(model, noise, guidance, ['eager'], ['fp32'], device)
+        sides |= _runnable(model, noise, guidance, backends, precisions, device)
+        steps = {k:step for k,(step,_) in sides.items()}
+        images = {k:[step() for _ in range(2)][-1].cpu() for k,step in steps.items()}
         taken = {k:[wall for wall,_ in v] for k,v in interleaved(steps, rounds, device, clock).items()}
-        for key,seconds in taken.items():
+        for (backend,precision),seconds in taken.items():
             low, times, high = np.percentile(np.array(taken[plain])/np.array(seconds), [25,50,75]).tolist()
-            want, off = images[plain], images[key]-images[plain]
-            row = {'design':cfg.to_dict(), 'backend':key[0], 'precision':key[1], 'batch':batch, 'guidance':guidance}
-            row |= {'rounds':rounds} | {f'p{p}_ms':1e3*float(np.percentile(seconds, p)) for p in (50,90,99)}
-            row |= {'seconds_50k':row['p50_ms']*50/batch, 'times':times, 'low':low, 'high':high}
-            row |= {'error':float(off.norm()/want.norm()), 'max_error':float(off.abs().max()/want.abs().max())}
-            row |= {'recorded':recorded[key]}
-            rows.append(row)
+            want, off = images[plain], images[backend,precision]-images[plain]
+            ms = {f'p{p}_ms':1e3*float(np.percentile(seconds, p)) for p in (50,90,99)}
+            rows.append({'design':cfg.to_dict(), 'backend':backend, 'precision':precision, 'batch':batch,
+                         'guidance':guidance, 'rounds':rounds, **ms, 'seconds_50k':ms['p50_ms']*50/batch, 'times':times,
+                         'low':low, 'high':high, 'error':float(off.norm()/want.norm()),
+                         'max_error':float(off.abs().max()/want.abs().max())})
     return rows

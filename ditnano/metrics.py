@@ -6,10 +6,9 @@
 __all__ = ['ROUNDING', 'EXTRACTORS', 'INCEPTION', 'SQUEEZENET', 'EFFICIENTNET', 'RESIZE', 'TRAINED', 'SMALL_SET',
            'STANDARD_SAMPLES', 'as_bytes', 'Statistics', 'statistics', 'frechet_distance', 'classifier_score',
            'accuracy', 'Extractor', 'extractor_file', 'available_extractors', 'get_extractor', 'images_hash',
-           'save_statistics', 'load_statistics', 'Reference', 'reference_folder', 'save_reference', 'load_reference',
-           'reference_set', 'reference_statistics', 'frechet', 'kernel_distance', 'compare_small_sets',
-           'nearest_images', 'nearest_sheet', 'class_sheet', 'loss_backbone', 'check_extractors', 'metric_label',
-           'evaluate', 'aggregate_blocks', 'card']
+           'load_statistics', 'Reference', 'save_reference', 'load_reference', 'reference_set', 'reference_statistics',
+           'frechet', 'kernel_distance', 'compare_small_sets', 'nearest_images', 'nearest_sheet', 'class_sheet',
+           'loss_backbone', 'check_extractors', 'metric_label', 'evaluate', 'aggregate_blocks', 'card']
 
 # %% ../nbs/41_metrics.ipynb #1a64497d
 import contextlib
@@ -147,13 +146,10 @@ class Extractor:
 
     def __call__(self, images)->dict:
         "Features (N, D) float64 and logits (N, K) or None, as arrays."
-        images, parts = as_bytes(images), []
         with torch.no_grad(), exact_convolutions():
-            for x in images.split(self.batch): parts.append(self.forward(x.to(self.device)))
-        features, logits = zip(*parts)
-        return {'features':_join(features), 'logits':None if logits[0] is None else _join(logits)}
-
-def _join(parts): return torch.cat([p.detach().cpu() for p in parts]).double().numpy()
+            parts = [self.forward(x.to(self.device)) for x in as_bytes(images).split(self.batch)]
+        def join(parts): return None if parts[0] is None else torch.cat(parts).cpu().double().numpy()
+        return dict(zip(('features','logits'), map(join, zip(*parts))))
 
 # %% ../nbs/41_metrics.ipynb #f0c6b5ba
 EXTRACTORS = {'digitsnet':'digits32', 'cifarnet':'cifar10', 'digitslens':'digits32', 'cifarlens':'cifar10',
@@ -187,10 +183,9 @@ def get_extractor(
     "A feature extractor by name; one that is not available is an error that names where it was looked for."
     file = extractor_file(name)
     if not file.is_file():
-        available = ', '.join(available_extractors()) or 'none'
         how = "; pip install 'ditnano[judges]' brings it" if name=='efficientnet-lite0' else ''
-        where = f"no file {file.name} in {file.parent}"
-        raise FileNotFoundError(f"extractor {name!r}: {where}{how}; available: {available}")
+        raise FileNotFoundError(f"extractor {name!r}: no file {file.name} in {file.parent}{how}; available: "
+                                f"{', '.join(available_extractors()) or 'none'}")
     return _LOADERS.get(name, _classifier)(name, file, pick_device(device))
 
 # %% ../nbs/41_metrics.ipynb #406ab3bc
@@ -255,13 +250,6 @@ def images_hash(
     h.update(x.numpy().data)
     return h.hexdigest()
 
-def save_statistics(
-    path:str|os.PathLike, # The .npz to write
-    stats:Statistics,     # What to keep
-):
-    "Keep statistics in EDM's layout (`mu`, `sigma`), with the count beside them."
-    with atomic(path) as tmp, open(tmp,'wb') as f: np.savez(f, mu=stats.mean, sigma=stats.cov, n=stats.n)
-
 def load_statistics(
     path:str|os.PathLike, # An .npz with `mu` and `sigma`, ours or EDM's
 )->Statistics:
@@ -295,12 +283,6 @@ class Reference:
         wrong = f"no statistics of extractor {extractor.name!r} ({str(extractor.weights)[:8]})"
         raise ValueError(f"reference {self.name!r}: {wrong}; expected one of {known}, or the images themselves")
 
-def reference_folder(
-    name:str, # An image set, e.g. 'cifar10-jpeg@16'
-)->Path:
-    "Where the shipped statistics of an image set are, or would be."
-    return weights_dir()/f'reference-{name}'
-
 # %% ../nbs/41_metrics.ipynb #f5764297
 def save_reference(
     folder:str|os.PathLike, # Folder to make
@@ -320,9 +302,9 @@ def save_reference(
                 tensors[f'{e.name}.cov'] = torch.tensor(s.cov[np.triu_indices(len(s.mean))], dtype=torch.float32)
             save_file(tensors, file)
             found[data.split] = {'n':len(data), 'sha256':data.hash, 'file_sha256':file_hash(file)}
-        config = {'class':'Reference', 'name':first.name, 'size':first.images.shape[-1], 'classes':list(first.classes)}
-        config |= {'splits':found, 'judges':{e.name:{'weights':e.weights, 'images':e.note} for e in extractors}}
-        write_json(tmp/'config.json', config)
+        judges = {e.name:{'weights':e.weights, 'images':e.note} for e in extractors}
+        write_json(tmp/'config.json', {'class':'Reference', 'name':first.name, 'size':first.images.shape[-1],
+                                       'classes':list(first.classes), 'splits':found, 'judges':judges})
 
 def _full_covariance(upper, d):
     "A covariance from its upper triangle."
@@ -336,7 +318,7 @@ def load_reference(
     split:str='train', # 'train' or 'test'
 )->Reference:
     "Shipped statistics of an image set; FileNotFoundError where there are none, ValueError where they are damaged."
-    folder, where = reference_folder(name), f"reference {name!r}"
+    folder, where = weights_dir()/f'reference-{name}', f"reference {name!r}"
     if not (folder/'config.json').is_file():
         raise FileNotFoundError(f"{where}: no shipped statistics; expected the images themselves")
     try: config = json.loads((folder/'config.json').read_text())
@@ -346,13 +328,13 @@ def load_reference(
     facts, file = config['splits'][split], folder/f'{split}.safetensors'
     if not file.is_file() or file_hash(file)!=facts['file_sha256']:
         raise ValueError(f"{where}: {file.name} is missing or altered; expected sha256 {facts['file_sha256'][:12]}")
-    tensors, weights, stats = load_file(file), {}, {}
-    for e,facts_of in config['judges'].items():
+    tensors, stats = load_file(file), {}
+    for e in config['judges']:
         mean = tensors[f'{e}.mean'].double().numpy()
         stats[e] = Statistics(mean, _full_covariance(tensors[f'{e}.cov'], len(mean)), facts['n'])
-        weights[e] = facts_of['weights']
-    known = facts['n'], facts['sha256'], tuple(config['classes'])
-    return Reference(config['name'], split, config['size'], *known, weights, stats)
+    weights = {e:facts_of['weights'] for e,facts_of in config['judges'].items()}
+    return Reference(config['name'], split, config['size'], facts['n'], facts['sha256'], tuple(config['classes']),
+                     weights, stats)
 
 def reference_set(
     name:str,          # An image set, e.g. 'digits32' or 'cifar10-jpeg@16', or a path
@@ -360,7 +342,8 @@ def reference_set(
     **options,         # size, channels, skip_damaged, log, as for `load_images`
 )->ImageSet|Reference: # A `Reference` where one is shipped and there are no options, else the ImageSet
     "What generated images are compared with."
-    if not options and (reference_folder(name)/'config.json').is_file(): return load_reference(name, split)
+    with contextlib.suppress(FileNotFoundError):
+        if not options: return load_reference(name, split)
     return load_images(name, split, **options)
 
 # %% ../nbs/41_metrics.ipynb #e114f8ed
@@ -378,7 +361,7 @@ def reference_statistics(
     file = cache_dir()/'stats'/f'{key}.npz'
     with contextlib.suppress(FileNotFoundError, ValueError): return load_statistics(file)
     stats = statistics(extractor(images)['features'])
-    save_statistics(file, stats)
+    with atomic(file) as tmp, open(tmp,'wb') as f: np.savez(f, mu=stats.mean, sigma=stats.cov, n=stats.n)
     return stats
 
 # %% ../nbs/41_metrics.ipynb #8c652073
@@ -516,14 +499,14 @@ def check_extractors(
     "Refuse an extractor that the loss has used, and a classifier of other data."
     name = getattr(reference, 'name', None)
     own = name and re.split('[-@]', name)[0]
+    fitting = [n for n,data in EXTRACTORS.items() if not name or data in (None,own)]
     for e in extractor_names:
         extractor_file(e)
         if e==loss_backbone(loss):
             raise ValueError(f"extractor {e!r} is the network behind the loss {loss!r}; expected one that no loss used")
-        if name and EXTRACTORS[e] not in (None, own):
-            fitting = ', '.join(n for n,data in EXTRACTORS.items() if data in (None,own))
-            wrong = f"extractor {e!r} has the classes of {EXTRACTORS[e]}, the reference is {name}"
-            raise ValueError(f"{wrong}; expected one of {fitting}")
+        if e not in fitting:
+            raise ValueError(f"extractor {e!r} has the classes of {EXTRACTORS[e]}, the reference is {name}; expected "
+                             f"one of {', '.join(fitting)}")
 
 # %% ../nbs/41_metrics.ipynb #d0485488
 STANDARD_SAMPLES = 50_000  # Samples behind a published FID
@@ -569,9 +552,9 @@ def evaluate(
         raise ValueError(f"{len(labels)} labels for {len(images)} images; expected one each")
     if len(images)<max(2,splits):
         raise ValueError(f"{len(images)} images in {splits} splits; expected at least one a split, and two")
-    extractors = [get_extractor(name, device) for name in extractor_names]
     out = {'samples':len(images)}
-    for e in extractors: out |= _extractor_metrics(e, images, labels, reference_set, splits)
+    for e in [get_extractor(name, device) for name in extractor_names]:
+        out |= _extractor_metrics(e, images, labels, reference_set, splits)
     return out
 
 # %% ../nbs/41_metrics.ipynb #ddfe1f77
@@ -581,12 +564,9 @@ def aggregate_blocks(
     "Several blocks of samples: the mean of each number with its range (EDM's protocol reports the minimum of three)."
     counts = {e['samples'] for e in evaluations}
     if len(counts)!=1: raise ValueError(f"blocks of {sorted(counts)} samples; expected blocks of equal size, 1 or more")
-    out = {'samples':counts.pop()}
-    for name in evaluations[0]:
-        if name=='samples': continue
-        values = [e[name] for e in evaluations]
-        out[name] = {'mean':float(np.mean(values)), 'min':min(values), 'max':max(values), 'blocks':len(values)}
-    return out
+    each = {name:[e[name] for e in evaluations] for name in evaluations[0] if name!='samples'}
+    return {'samples':counts.pop(), **{name:{'mean':float(np.mean(v)), 'min':min(v), 'max':max(v), 'blocks':len(v)}
+                                       for name,v in each.items()}}
 
 # %% ../nbs/41_metrics.ipynb #a0cd328b
 def _reference_card(reference):
@@ -612,14 +592,13 @@ def card(
 )->dict: # JSON-able
     "The facts that belong beside the numbers of `evaluate`."
     extractor_names = [extractor_names] if isinstance(extractor_names, str) else extractor_names
-    probe, out, notes = torch.zeros(2,3,32,32,dtype=torch.uint8), {}, []
+    probe, out = torch.zeros(2,3,32,32,dtype=torch.uint8), {}
     for e in (get_extractor(name, device) for name in extractor_names):
         width = e(probe)['features'].shape[1]
         out[e.name] = {'weights':e.weights, 'features':width, 'images':e.note, 'device':e.device.type}
-        lacking = f"{e.name}: covariance of {n} samples in {width} features lacks rank"
-        if n<=width: notes.append(f"{lacking}; compare only with numbers of n={n}")
-    fewer = f"n={n}, not {STANDARD_SAMPLES}: a Fréchet distance from fewer samples is larger"
-    if n!=STANDARD_SAMPLES: notes.append(fewer)
-    facts = {'samples':n, 'reference':_reference_card(reference_set), 'judges':out, 'loss':loss, 'seed':seed}
-    facts |= {'guidance':guidance, 'splits':splits, 'rounding':ROUNDING, 'libraries':library_versions(), 'notes':notes}
-    return facts
+    notes = [f"{name}: covariance of {n} samples in {facts['features']} features lacks rank; compare only with numbers "
+             f"of n={n}" for name,facts in out.items() if n<=facts['features']]
+    if n!=STANDARD_SAMPLES:
+        notes.append(f"n={n}, not {STANDARD_SAMPLES}: a Fréchet distance from fewer samples is larger")
+    return {'samples':n, 'reference':_reference_card(reference_set), 'judges':out, 'loss':loss, 'seed':seed,
+            'guidance':guidance, 'splits':splits, 'rounding':ROUNDING, 'libraries':library_versions(), 'notes':notes}

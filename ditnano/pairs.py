@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from . import edm
-from .config import PRECISIONS
+from .config import TRAIN_PRECISIONS
 from ditnano.repro import (
     atomic,
     cache_dir,
@@ -66,8 +66,8 @@ def pairs_recipe(
     "What decides the content of a set of pairs (EDM's sampler settings; no churn)."
     if image_dtype not in DTYPES: raise ValueError(f"image_dtype {image_dtype!r}: expected 'fp32' or 'fp16'")
     if steps<1: raise ValueError(f"steps={steps}: expected 1 or more")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision not in TRAIN_PRECISIONS:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(TRAIN_PRECISIONS)}")
     reduced = {} if precision=='fp32' else {'precision':precision}
     return {'format':1, 'teacher':{'name':name, 'sha256':teacher_hash(net)}, 'image_dtype':image_dtype,
             'sampler':{'kind':'heun', 'steps':steps, 'sigma_min':0.002, 'sigma_max':80, 'rho':7, **reduced},

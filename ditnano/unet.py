@@ -235,6 +235,7 @@ class SongUNet(nn.Module):
 PRESETS = {
     'cifar10': UNetConfig(),
     '7m':      UNetConfig(model_channels=64, channel_mult=(1,2,2), num_blocks=2),
+    'medium':  UNetConfig(model_channels=32, channel_mult=(1,2,2), num_blocks=2, dropout=0.05),
     'cifar16': UNetConfig(model_channels=32, channel_mult=(1,2,2), num_blocks=1, attn_resolutions=(8,), dropout=0.0,
                           augment_dim=0, image_size=16),
     'small':   UNetConfig(model_channels=16, channel_mult=(1,2,2), num_blocks=1, attn_resolutions=(8,), dropout=0.0,

@@ -112,6 +112,17 @@ def new_programs():
 
 
 @pytest.fixture
+def draw(programs, tmp_path):
+    "Runs a notebook of nbs/paper with values for its parameters, in a process of its own."
+    def run(name, **values):
+        path = ROOT/'nbs'/'paper'/f'{name}.ipynb'
+        values = json.dumps({k: str(v) for k, v in values.items()})
+        done = programs.run(ROOT/'tests'/'run_notebook.py', path, ROOT, '', '', values, cwd=tmp_path)
+        assert done.returncode == 0, (done.stdout+done.stderr)[-4000:]
+    return run
+
+
+@pytest.fixture
 def ranks(programs):
     "Starts one program as the processes of a distributed run, as torchrun does; they are waited for by the caller."
     def start(count, *argv, **env):

@@ -11,8 +11,8 @@ import runpy
 import sys
 import warnings
 
-SHARED = ('accelerate', 'matplotlib.pyplot', 'nbdev.test', 'numpy', 'pandas', 'safetensors.torch', 'scipy.optimize',
-          'scipy.stats', 'sklearn.datasets', 'torch', 'torch._dynamo', 'torch.onnx')
+SHARED = ('accelerate', 'matplotlib.pyplot', 'nbdev.test', 'numpy', 'onnxscript', 'pandas', 'safetensors.torch',
+          'scipy.optimize', 'scipy.stats', 'sklearn.datasets', 'torch', 'torch._dynamo', 'torch.onnx')
 
 
 def run(argv):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOAT', 'FLOAT16', 'Node', 'PRECISIONS', 'OPSETS', 'FRACTIONS', 'Graph', 'quantize_int8', 'linear', 'norm', 'gelu',
-           'scale_queries', 'attention_nodes', 'table', 'condition', 'block', 'embed_inputs', 'decode_outputs',
-           'one_step_graph', 'best_quantization_scale', 'calibrate', 'build_onnx_model']
+           'scale_queries', 'attention_nodes', 'modulation_table', 'condition', 'block', 'embed_inputs',
+           'decode_outputs', 'one_step_graph', 'best_quantization_scale', 'calibrate', 'build_onnx_model']
 
 # %% ../../nbs/deploy/01_graph.ipynb #8bc25488
 import json
@@ -176,7 +176,7 @@ def attention_nodes(
 
 
 # %% ../../nbs/deploy/01_graph.ipynb #bf6dfcf3
-def table(
+def modulation_table(
     net:FoldedDiT, # A folded student
 )->np.ndarray: # (K+1, 1, 6 d D + 2 D) float32
     "The modulation of every layer by label, side by side, with one added to the scales."
@@ -193,7 +193,7 @@ def condition(
 )->list: # Names of (N, 1, D) vectors: shift, scale, gate of attention and MLP of each layer; shift, scale of the last
     "Look up the modulation of a batch."
     count = 6*net.cfg.depth+2
-    rows = g.node('Gather', [g.const('table', table(net)),labels], 'condition', axis=0)
+    rows = g.node('Gather', [g.const('table', modulation_table(net)),labels], 'condition', axis=0)
     sizes = g.const('shape/condition', [net.cfg.width]*count, np.int64)
     return g.node('Split', [rows,sizes], [f'condition/{k}' for k in range(count)], axis=2)
 

@@ -225,17 +225,27 @@ def _open_datasets(source):
                          "expected parquet or save_to_disk") from None
     return dict(found) if isinstance(found, datasets.DatasetDict) else {None:found}
 
-def _columns(source, data):
+def _label_columns(kinds):
+    "Columns that can hold classes: those of class labels, then `label` or `labels`, and all whole numbers and texts."
+    import datasets
+    typed = [k for k,v in kinds.items() if isinstance(v, datasets.ClassLabel)]
+    usable = [k for k,v in kinds.items() if k in typed or getattr(v, 'dtype', '') in ('int64','int32','string')]
+    return typed or [k for k in ('label','labels') if k in usable], usable
+
+def _columns(source, data, columns):
     "Names of the columns of pictures and of labels (or None), and the names of the classes."
     import datasets
     kinds = data.features
     pictures = [k for k,v in kinds.items() if isinstance(v, datasets.Image) or (isinstance(v, dict) and 'bytes' in v)]
-    labels = [k for k,v in kinds.items() if isinstance(v, datasets.ClassLabel)]
-    if not labels:
-        labels = [k for k in ('label','labels') if getattr(kinds.get(k), 'dtype', '') in ('int64','int32','string')]
+    labels, usable = _label_columns(kinds)
+    named = columns.split(',') if columns else []
+    for name,fitting,what in zip(named, (pictures,usable), ('pictures','classes')):
+        if name not in fitting:
+            raise ValueError(f"{source}: column {name!r}; expected one of {what}: {', '.join(fitting) or 'none here'}")
+    pictures, labels = named[:1] or pictures, named[1:2] or labels
     if len(pictures)!=1 or len(labels)>1:
-        raise ValueError(f"{source}: columns {', '.join(kinds)}; "
-                         "expected one of pictures and at most one of class labels")
+        raise ValueError(f"{source}: columns {', '.join(kinds)}; expected one of pictures and at most one of class "
+                         "labels (columns='IMAGE,LABEL' names them)")
     return pictures[0], labels[0] if labels else None, getattr(kinds[labels[0]], 'names', None) if labels else None
 
 # %% ../../nbs/interop/05_pictures.ipynb #cf89c764
@@ -246,14 +256,16 @@ class _DatasetReader:
     def __call__(self, name):
         split, _, k = name.rpartition(' ')
         found = self.splits[split or None][int(k)][self.column]
+        if not found: raise ValueError(f"{name.strip()}: no picture in column {self.column}; expected one in each row")
         return found['bytes'] if found['bytes'] is not None else Path(found['path']).read_bytes()
 
 def read_datasets(
     source, # A folder by `save_to_disk`, a parquet file or a folder of them, or 'hf:OWNER/NAME'
+    columns:str=None, # 'IMAGE' or 'IMAGE,LABEL'; default by the types of the columns
 )->Source:
     "A data set of Hugging Face."
     splits = _open_datasets(source)
-    column, label, names = _columns(source, next(iter(splits.values())))
+    column, label, names = _columns(source, next(iter(splits.values())), columns)
     parts = {s:_PARTS.get(str(s).lower()) for s in splits} if len(splits)>1 else dict.fromkeys(splits)
     if 'test' in splits: parts |= {s:None for s in splits if s and s.startswith('val')}
     stem, rows, ready = Path(str(source).removeprefix('hf:')).stem, [], {}
@@ -264,9 +276,11 @@ def read_datasets(
             data = data.cast_column(column, datasets.Image(decode=False))
         ready[s] = data
         labels = data[label] if label else [None]*len(data)
+        if names and (bad := next((k for k,y in enumerate(labels) if y is None or y<0), None)) is not None:
+            raise ValueError(f"{stem}: picture {bad} has no class ({labels[bad]}); expected a class for each")
         rows += [(f"{s or ''} {k}".strip() if s else f' {k}', stem if y is None else names[y] if names else str(y),
                   parts[s]) for k,y in enumerate(labels)]
-    key = content_hash([data._fingerprint for data in ready.values()])
+    key = content_hash([column, label, *(data._fingerprint for data in ready.values())])
     return Source(stem, rows, _DatasetReader(ready, column), key, (), tuple(names) if names else None)
 
 # %% ../../nbs/interop/05_pictures.ipynb #60e8d172
@@ -323,15 +337,18 @@ def _write_images(file, pictures, labels, meta, shape):
 # %% ../../nbs/interop/05_pictures.ipynb #7ac93e77
 def read_source(
     source, # A path, or 'hf:OWNER/NAME'
+    columns:str=None, # Of a data set: 'IMAGE' or 'IMAGE,LABEL'
 )->Source:
     "Find out what a source is, and list its pictures."
     path = Path(source).expanduser()
-    if str(source).startswith('hf:'): return read_datasets(source)
+    if str(source).startswith('hf:'): return read_datasets(source, columns)
     if path.is_dir() and (list(path.glob('*.parquet')) or (path/'dataset_dict.json').is_file()
                           or (path/'state.json').is_file()):
-        return read_datasets(path)
+        return read_datasets(path, columns)
+    if path.is_file() and path.suffix.lower()=='.parquet': return read_datasets(path, columns)
+    if columns: raise ValueError(f"columns {columns!r} of {source}: no data set; expected parquet or save_to_disk")
     if path.is_dir(): return read_folder(path)
-    readers = {'.zip':read_zip, '.npz':read_npz, '.parquet':read_datasets}
+    readers = {'.zip':read_zip, '.npz':read_npz}
     if path.is_file() and path.suffix.lower() in readers: return readers[path.suffix.lower()](path)
     problem = 'no such file or folder' if not path.exists() else f'a file {path.suffix}'
     raise (FileNotFoundError if not path.exists() and len(path.parts)>1 else ValueError)(
@@ -396,9 +413,10 @@ def load_pictures(
     channels:int=3,     # 3 (RGB) or 1 (grey)
     skip_damaged:bool=False, # Leave unreadable pictures out
     log=None,           # Called with lines of progress and of what was noticed
+    columns:str=None,   # Of a data set: 'IMAGE' or 'IMAGE,LABEL'; default by the types of the columns
 )->ImageSet:
     "Images of one size from any source, decoded once; raises FileNotFoundError or ValueError in one line."
-    found = read_source(source)
+    found = read_source(source, columns)
     if found.other and not skip_damaged:
         raise ValueError(f"{found.name}: {found.other[0]} is not a picture; "
                          "expected pictures alone (skip_damaged leaves such files out)")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINING_RECIPES', 'STUDENTS', 'PAIRS', 'REFERENCES', 'NO_SAMPLE_NOTES', 'DenoiseTask', 'random_shift',
-           'ClassifyTask', 'held_out_accuracy', 'TrainingRecipe', 'make_task', 'compile_network', 'build_artifact',
-           'sample_teacher', 'Student', 'best_of', 'student_run', 'model_card', 'build_shipped']
+           'ClassifyTask', 'held_out_accuracy', 'TrainingRecipe', 'denoiser_config', 'make_task', 'compile_network',
+           'training_card', 'train_artifact', 'build_artifact', 'sample_teacher', 'Student', 'best_of', 'student_run',
+           'model_card', 'build_shipped']
 
 # %% ../../nbs/lab/11_artefacts.ipynb #bf6c10eb
 import os
@@ -18,24 +19,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+# %% ../../nbs/lab/11_artefacts.ipynb #0f1a2b3c
 from ..classifier import Classifier, save_classifier
 from ..config import SIZES, TrainConfig, UNetConfig, load_scale
 from ..dit import DiT
-from ditnano.edm import (
-    EDMPrecond,
-    denoising_loss,
-    edm_inputs,
-    heun_sampler,
-    load_teacher,
-    save_teacher,
-    to_bytes,
-)
+from ..edm import EDMPrecond, denoising_loss, edm_inputs, heun_sampler, load_teacher, save_teacher, to_bytes
 from ..images import ImageSet, load_images, to_unit
 from .execute import distill_run
 from .experiments import as_student, distill_config, experiment_configs, size_of
 from .runs import Run, read_result
 from ..metrics import save_reference
-from ..pairs import make_pairs
+from ..pairs import frozen_copy, make_pairs
 from ..principles import count_params
 from ditnano.repro import (
     atomic,
@@ -49,7 +43,8 @@ from ditnano.repro import (
     runs_dir,
     weights_dir,
 )
-from ..train import Progress, fit
+from ..state import Progress
+from ..train import fit
 from ..unet import PRESETS, SongUNet
 
 # %% ../../nbs/lab/11_artefacts.ipynb #63780165
@@ -141,20 +136,25 @@ def _classifier_config(seed, images, lr):
     return TrainConfig(images=images, batch=128, lr=lr, weight_decay=0.05, warmup=images//10, anneal=True, ema=0.999,
                        precision='bf16', seed=seed)
 
-def _denoiser_config(images, seed=0, **how):
+def denoiser_config(
+    images:int, # Seen in training
+    seed:int=0, # The run's seed
+    **how,      # Fields that differ
+)->TrainConfig:
+    "How a small denoiser is trained: it warms up, and its learning rate falls to 0 at the end."
     plain = dict(batch=64, lr=2e-3, weight_decay=0.0, warmup=5_000, anneal=True, clip=1.0)
     return TrainConfig(images=images, seed=seed, **(plain|how))
 
 _digits, _cifar = dict(width=16, shift=3), dict(width=32, shift=3, mirror=True)
 TRAINING_RECIPES = {
-    'teacher-digits32':      TrainingRecipe('denoise', 'digits32', _denoiser_config(150_000), dict(unet='small')),
-    'teacher-cifar10-small': TrainingRecipe('denoise', 'cifar10', _denoiser_config(64_000), dict(unet='small')),
+    'teacher-digits32':      TrainingRecipe('denoise', 'digits32', denoiser_config(150_000), dict(unet='small')),
+    'teacher-cifar10-small': TrainingRecipe('denoise', 'cifar10', denoiser_config(64_000), dict(unet='small')),
     'teacher-cifar10-7m':    TrainingRecipe(   # for a GPU
-        'denoise', 'cifar10', _denoiser_config(5_120_000, batch=512, lr=1e-3, warmup=200_000, precision='bf16'),
+        'denoise', 'cifar10', denoiser_config(5_120_000, batch=512, lr=1e-3, warmup=200_000, precision='bf16'),
         dict(unet='7m')),
     'teacher-cifar16':       TrainingRecipe(
         'denoise', 'cifar10@16',
-        _denoiser_config(2_048_000, batch=128, lr=3e-3, warmup=20_000, ema=0.999, precision='bf16'),
+        denoiser_config(2_048_000, batch=128, lr=3e-3, warmup=20_000, ema=0.999, precision='bf16'),
         dict(unet='cifar16'), compile=True),
     'digitsnet':  TrainingRecipe('classify', 'digits32', _classifier_config(0, 60_000, 2e-3), _digits),
     'digitslens': TrainingRecipe('classify', 'digits32', _classifier_config(1, 60_000, 2e-3), _digits),
@@ -185,47 +185,62 @@ def compile_network(
     return True
 
 # %% ../../nbs/lab/11_artefacts.ipynb #7bf3fa88
-def _card(recipe, data, state):
+def training_card(
+    recipe:TrainingRecipe, # What was trained
+    data:ImageSet,         # On what
+    state,                 # From `fit`
+)->dict: # JSON-able
+    "Where a trained network comes from, to be saved beside its weights."
     where = fingerprint(next(state.model.parameters()).device)
     return {'data':data.name, 'data_hash':data.hash, 'train':recipe.train.to_dict(), 'options':recipe.options,
             'seconds':round(state.seconds),
             'device':where['device_name'], 'threads':where['threads'], 'torch':where['libraries']['torch']}
 
-def build_artifact(
-    name:str,           # Key of `TRAINING_RECIPES`
-    out=None,           # Folder to make; default inside the package
-    run_folder=None,          # Folder of the run; default in the cache
+def train_artifact(
+    recipe:TrainingRecipe, # What is trained, and how
+    out,                # Folder to make
+    run,                # Folder of the run; a hash of data and recipe is added to its name
     device:str='auto',  # Where to train
     stop_after:int=None, # Stop at this many steps, without shipping
     minutes:float=None, # Stop when this time is up, without shipping
     log=None,           # Called with each line of the history, e.g. `train.Progress(name)`
 ): # The folder made, or None when stopped early
-    "Train and ship one row of `TRAINING_RECIPES`; resumes from its last checkpoint."
-    if name not in TRAINING_RECIPES:
-        raise ValueError(f"shipped network {name!r}; expected one of {', '.join(TRAINING_RECIPES)}")
-    recipe, out = TRAINING_RECIPES[name], Path(out or weights_dir()/name)
-    task = make_task(recipe)
+    "Train by a recipe, and keep what it makes; resumes from its last checkpoint."
+    task, out = make_task(recipe), Path(out)
     key = content_hash([task.identity, recipe.train.to_dict()])
-    run_folder = Path(run_folder or cache_dir()/'make'/f'{name}-{key}')
     if recipe.compile: compile_network(task.model)
-    state = fit(task, recipe.train, run_folder, device, stop_after=stop_after, callback=log, minutes=minutes)
+    state = fit(task, recipe.train, f'{run}-{key}', device, stop_after=stop_after, callback=log, minutes=minutes)
     if state.step<recipe.train.steps or int(os.environ.get('RANK', 0)): return None
-    net, card = state.ema_model(), _card(recipe, task.data, state)
+    net, card = state.ema_model(), training_card(recipe, task.data, state)
     if recipe.kind=='denoise': save_teacher(net, out, card)
     else:
         save_classifier(net, out, card | {'held_out_accuracy':held_out_accuracy(net, load_images(recipe.data,'test'))})
     return out
 
+def build_artifact(
+    name:str,  # Key of `TRAINING_RECIPES`
+    out=None,  # Folder to make; default inside the package
+    run=None,  # Folder of the run; default in the cache
+    **how,     # device, stop_after, minutes, log, as for `train_artifact`
+): # The folder made, or None when stopped early
+    "Train and ship one row of `TRAINING_RECIPES`."
+    if name not in TRAINING_RECIPES:
+        raise ValueError(f"shipped network {name!r}; expected one of {', '.join(TRAINING_RECIPES)}")
+    return train_artifact(TRAINING_RECIPES[name], out or weights_dir()/name, run or cache_dir()/'make'/name, **how)
+
 # %% ../../nbs/lab/11_artefacts.ipynb #78cb6c94
 def sample_teacher(
-    name:str,        # A teacher
+    teacher,         # A teacher, or its name
     count:int=10,    # Images, classes in turn, from seeds 0 on
     steps:int=18,    # Heun steps
-)->torch.Tensor: # uint8 (N, 3, R, R)
+    device='cpu',    # Where
+)->torch.Tensor: # uint8 (N, C, R, R), on the CPU
     "What a teacher draws."
-    net = load_teacher(name).to(memory_format=torch.channels_last)
-    z, _ = noise_and_labels(range(count), (net.cfg.channels, net.cfg.image_size, net.cfg.image_size))
-    return to_bytes(heun_sampler(net, z, F.one_hot(torch.arange(count)%10, 10).float(), steps=steps))
+    net = frozen_copy(load_teacher(teacher) if isinstance(teacher, (str,Path)) else teacher, device)
+    c = net.cfg
+    z, _ = noise_and_labels(range(count), (c.channels, c.image_size, c.image_size))
+    labels = F.one_hot(torch.arange(count)%c.label_dim, c.label_dim).float().to(device) if c.label_dim else None
+    return to_bytes(heun_sampler(net, z.to(device), labels, steps=steps)).cpu()
 
 # %% ../../nbs/lab/11_artefacts.ipynb #32f0d316
 @dataclass(frozen=True)

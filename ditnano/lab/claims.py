@@ -13,16 +13,14 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from ..config import DESIGNS, SIZES, GETConfig, Scale, load_scale
 from .evidence import SCALES, TIMED_SIZE, best_scale, matching
 from .experiments import BASE
 from .plan import TERMS, deciding_runs, name_of, planned_rows, runs_of
-from .statistics import common_metrics, compare, format_number, seed_spread
-from ..paper import CLAIMS, frame, lookup, table
+from .statistics import common_metrics, compare_means, format_number, seed_spread
+from ..paper import frame, lookup, read_data, table
 from ..principles import count_params
-from ..repro import weights_dir
 
 # %% ../../nbs/lab/10_claims.ipynb #12c9a43e
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not decidable at this scale'
@@ -44,7 +42,7 @@ def lower_than(
     a:str,          # A label
     b:str,          # Another
     factor='1',     # A must lie below this many B; 0.8 or '2/3'
-)->tuple: # A sentence and the weights for `compare`
+)->tuple: # A sentence and the weights for `compare_means`
     "A has a lower distance than `factor` times B."
     factor = float(Fraction(str(factor)))
     return f"{a} below {'' if factor==1 else f'{factor:.3g} × '}{b}", {a:1., b:-factor}
@@ -78,7 +76,7 @@ def quality_part(
     labels = list(dict.fromkeys(l for _,w in comparisons for l in w))
     if scale=='smoke':
         return Part('quality', OPEN, 'not ranked at smoke', 'smoke proves the path and ranks nothing', scale)
-    got = [(texts, compare(rows, w, len(comparisons))) for texts,w in comparisons]
+    got = [(texts, compare_means(rows, w, len(comparisons))) for texts,w in comparisons]
     used = tuple(rows[rows.label.isin(labels)].folder)
     higher, open_ = [(t,c) for t,c in got if c.outcome=='higher'], [(t,c) for t,c in got if c.outcome=='open']
     ours = _mean_text(rows, labels)
@@ -235,7 +233,9 @@ def paper_values()->dict: # Name -> a row of a table, or a list in words
 @dataclass(frozen=True)
 class Claim:
     "A statement of the paper and what would decide it."
-    id:str         # 'C1' to 'C13', as in `paper.CLAIMS`
+    id:str         # 'C1' to 'C13'
+    where:str      # Table or figure, and section
+    claim:str      # The statement, in our words
     experiment:str # Key of `EXPERIMENTS`, or 'latency'
     rule:str       # What must be seen, in one sentence
     paper:str      # The paper's numbers, a template for `paper_values`
@@ -246,8 +246,7 @@ class Claim:
     @property
     def text(self)->str:
         "The statement in our words, with its place."
-        where, texts = CLAIMS[self.id]
-        return f'{texts[0].upper()}{texts[1:]} ({where})'
+        return f'{self.claim[0].upper()}{self.claim[1:]} ({self.where})'
 
     def comparisons(self,
         s:Scale, # How much of everything
@@ -256,10 +255,7 @@ class Claim:
         if isinstance(self.lower, str): return GAINS[self.lower](s)
         return [(w['sentence'],w['weights']) if isinstance(w,dict) else lower_than(*w) for w in self.lower]
 
-def _tuples(x): return tuple(map(_tuples, x)) if isinstance(x, list) else x
-
-RULES = tuple(Claim(**{k:_tuples(v) for k,v in rule.items()})
-              for rule in yaml.safe_load((weights_dir().parent/'lab'/'claims.yaml').read_text(encoding='utf-8')))
+RULES = tuple(Claim(**rule) for rule in read_data('lab/claims.yaml'))
 
 # %% ../../nbs/lab/10_claims.ipynb #33c64b09
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def _rank(): return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SI
 
 def _broadcast(value, device):
     if _rank()[1]==1: return value
-    from ditnano.train import broadcast_from_rank0
+    from ditnano.ranks import broadcast_from_rank0
     return broadcast_from_rank0(value, device)
 
 def _ensure_pairs(name, count, steps, device, deadline, precision='fp32'):
@@ -278,7 +278,7 @@ def latency_run(
     student, device = as_student(config['student']), config['machine']['device']
     model = (GET if isinstance(student, GETConfig) else DiT)(student)
     def compute(folder):
-        patience = 6 if config['batches']<5 else 60   # seconds; a big design on a CPU needs them to settle
+        patience = 3 if config['batches']<5 else 60   # seconds; a big design on a CPU needs them to settle
         timed = time_sampling(randomize_weights(model), config['batch'], 50_000, config['batches'], config['guidance'],
                               config['precision'], device=device, max_seconds=patience)
         return {'latency':timed, 'samples':config['batch']*config['batches'], 'device':timed['card']}

@@ -64,10 +64,8 @@ def parameters(
     return {k:dict(default=v, type=seen[k]['inferred_type_name'], help=seen[k]['help']) for k,v in ours.items()}
 
 # %% ../../nbs/lab/12_notebooks.ipynb #3bea348f
-def _json_type(x):
-    kinds = ((bool,'true or false'), (int,'whole number'), (float,'number'), (str,'text'), ((list,tuple),'list'),
-             (dict,'object'))
-    return next((n for t,n in kinds if isinstance(x,t)), 'null')
+_JSON_TYPES = {bool:'true or false', int:'whole number', float:'number', str:'text', list:'list', tuple:'list',
+               dict:'object'}
 
 def check_parameters(
     notebook,    # Path of a notebook
@@ -80,7 +78,7 @@ def check_parameters(
             raise NotebookError(f"{Path(notebook).name}: unknown parameter {k!r}; expected one of "
                                 f"{', '.join(known) or 'none'}")
         default = known[k]['default']
-        want, got = _json_type(default), _json_type(v)
+        want, got = (_JSON_TYPES.get(type(x), 'null') for x in (default,v))
         if want not in ('null',got) and not (want=='number' and got=='whole number'):
             raise NotebookError(f"{Path(notebook).name}: {k}={v!r} is a {got}; expected a {want} like {default!r}")
     return json.loads(json.dumps(given, allow_nan=False))

@@ -90,6 +90,8 @@ def run_progress(
     if last['images']>=last['of']: return 'is evaluated'
     return f"{100*last['images']//last['of']}%, {last['images_per_s']:,.3g} images/s"
 
+
+# %% ../../nbs/lab/03_processes.ipynb #d1afe157
 class RunsInProgress:
     "Runs that children compute, and one line on how far they are."
     def __init__(self,

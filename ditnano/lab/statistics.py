@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CRITICAL_VALUE', 'MIN_DEGREES_OF_FREEDOM', 'format_number', 'seed_spread', 'critical_value', 'Comparison',
-           'common_metrics', 'compare']
+           'common_metrics', 'compare_means']
 
 # %% ../../nbs/lab/07_statistics.ipynb #824bd011
 import math
@@ -83,7 +83,7 @@ def _weighted_sum(rows, weights, metric):
     needed = critical_value(degrees_of_freedom)**2*sum(each.values())/x**2 if x else math.inf
     return x, math.sqrt(sum(v/own['count'][l] for l,v in each.items())), needed
 
-def compare(
+def compare_means(
     rows:pd.DataFrame, # Rows of one experiment and scale, with a `label`, one per seed
     weights:dict,      # Label -> weight of its mean distance
     questions:int=1,   # Comparisons of which any refutes, this one included

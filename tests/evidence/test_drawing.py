@@ -1,31 +1,24 @@
 "Drawings into a new folder, and from a scale of which only a part has been run."
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ditnano.config import load_scale
 from ditnano.lab.experiments import EXPERIMENTS, experiment_configs
-from ditnano.lab.notebooks import run_notebook
 from ditnano.lab.runs import run_once
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT = {'name': 'cifar10-jpeg@16', 'sha256': '0'*64}, {'name': 'cifar16', 'sha256': '1'*64}
 
 
-def paper(cwd, *words, **env):
-    command = [sys.executable, '-c', 'from ditnano.cli import main; main()', 'paper', *words]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout+done.stderr
-
-
 @pytest.mark.slow
-def test_a_table_is_drawn_into_a_new_folder(tmp_path):
-    paper(tmp_path, '--only', 'table_1', '--out', 'new', '--runs', 'runs')
-    paper(tmp_path, '--only', 'table_4', '--runs', 'runs', DITNANO_FIGURES='other')
+def test_a_table_is_drawn_into_a_new_folder(programs, tmp_path):
+    command = '-c', 'from ditnano.cli import main; main()', 'paper'
+    for words, env in ((['--only', 'table_1', '--out', 'new', '--runs', 'runs'], {}),
+                       (['--only', 'table_4', '--runs', 'runs'], {'DITNANO_FIGURES': 'other'})):
+        done = programs.run(*command, *words, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stdout+done.stderr
     for made in ('new/table_1.csv', 'other/table_4.csv'):
         assert (tmp_path/made).read_text() == (ROOT/'paper_figures'/Path(made).name).read_text()
 
@@ -46,11 +39,10 @@ def made_up(root, share):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('share', [0.3, 1.0])
-def test_tables_of_a_partly_finished_night(share, tmp_path):
+def test_tables_of_a_partly_finished_night(share, draw, tmp_path):
     made_up(tmp_path/'runs', share)
     for name in ('table_2', 'table_5', 'figure_4'):
-        parameters = {'scale': 'best', 'runs': str(tmp_path/'runs'), 'out': str(tmp_path/'out')}
-        run_notebook(ROOT/'nbs'/'paper'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', parameters, bar=False)
+        draw(name, scale='best', runs=tmp_path/'runs', out=tmp_path/'out')
     table = (tmp_path/'out'/'table_2.md').read_text()
     assert 'scale night' in table and 'here, 32x32 (s)' in table and 'parameters counted at 32x32' in table
     assert ('not run yet' in table) == (share < 1)

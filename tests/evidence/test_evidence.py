@@ -56,13 +56,11 @@ def tables(): return sorted(p.stem for p in MADE if p.suffix=='.csv')
 
 @committed
 @pytest.mark.parametrize('name', tables())
-def test_tables_drawn_again_from_the_records_alone(name, tmp_path):
-    from ditnano.lab.notebooks import run_notebook
-    notebook = ROOT/'nbs'/'paper'/f'{name}.ipynb'
+def test_tables_drawn_again_from_the_records_alone(name, draw, tmp_path):
     out, runs = tmp_path/'figures', tmp_path/'runs'
     shutil.copytree(EVIDENCE, out/'evidence', ignore=shutil.ignore_patterns('*.png', 'history.jsonl', 'drawn'))
     runs.mkdir()
-    run_notebook(notebook, tmp_path/'copy.ipynb', {'scale':'best', 'runs':str(runs), 'out':str(out)}, bar=False)
+    draw(name, scale='best', runs=runs, out=out)
     for file in (f'{name}.{suffix}' for suffix in ('csv','md','tex')):
         assert (out/file).read_text()==(FIGURES/file).read_text()
 

@@ -4,10 +4,13 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -101,3 +104,24 @@ def test_whoever_called_learns_which_signal_came():
             with sigterm_interrupts(): signal.raise_signal(signal.SIGTERM)
     finally: signal.signal(signal.SIGTERM, before)
     assert came == [signal.SIGTERM]
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills a forked process')
+def test_a_killed_decoding_of_pictures_leaves_no_file(tmp_path, monkeypatch):
+    "Pixels are first written to a file beside the cache file; it is removed when its process is dead."
+    monkeypatch.setenv('DITNANO_CACHE', str(tmp_path/'cache'))
+    for k in range(20):
+        file = tmp_path/'photos'/'ab'[k%2]/f'{k}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), 10*k, np.uint8)).save(file)
+    pid = os.fork()
+    if not pid:
+        def kill_before_removal(event, args):
+            if event == 'os.remove' and '.raw' in str(args[0]): os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(kill_before_removal)
+        try: load_images(tmp_path/'photos')
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert [p for p in (tmp_path/'cache'/'images').iterdir() if '.raw' in p.name]
+    assert len(load_images(tmp_path/'photos')) >= 2
+    assert [p.name[:9] for p in (tmp_path/'cache'/'images').iterdir()] == ['pictures-']

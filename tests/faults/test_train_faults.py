@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ditnano.config import TrainConfig
-from ditnano.train import fit, load_state, prepare_training, read_history
+from ditnano.state import load_state, read_history
+from ditnano.train import fit, prepare_training
 
 CFG = TrainConfig(images=64, batch=16, lr=1e-2)
 IDENTITY = {'train': CFG.to_dict(), 'task': {'task': 'line'}}

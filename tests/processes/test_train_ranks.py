@@ -7,7 +7,8 @@ PROGRAM = textwrap.dedent('''
     import os, pathlib, sys, time, torch
     from torch import nn
     from ditnano.config import TrainConfig
-    from ditnano.train import fit, on_rank0
+    from ditnano.ranks import on_rank0
+    from ditnano.train import fit
     torch.set_num_threads(1)
     fault, folder, rank = sys.argv[1], sys.argv[2], int(os.environ['RANK'])
     ended = [pathlib.Path(f'{folder}-ended-{r}') for r in (0, 1)]

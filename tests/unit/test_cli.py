@@ -137,7 +137,7 @@ WAITING = '''
     def doctor():
         """Wait."""
         print('ready', flush=True)
-        time.sleep(60)
+        time.sleep(600)
     cli.COMMANDS['doctor'] = doctor
     cli.main(['doctor'])
 '''
@@ -150,7 +150,7 @@ def test_signals_end_with_one_line(number):
                                stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == 'ready\n'
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 128+number
     assert said == 'ditnano: stopped; what was finished is kept, and the same command resumes\n'
 

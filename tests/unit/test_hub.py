@@ -2,9 +2,6 @@
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -89,13 +86,17 @@ def server():
     s.shutdown()
 
 
-def python(code, server, home):
-    env = {**os.environ, 'HF_ENDPOINT':server.url, 'HF_HOME':str(home), 'HF_TOKEN':'hf_x',
-           'HF_HUB_DISABLE_TELEMETRY':'1', 'HF_HUB_DISABLE_XET':'1', 'HF_HUB_DISABLE_PROGRESS_BARS':'1',
-           'NO_PROXY':'127.0.0.1', 'no_proxy':'127.0.0.1'}
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env, cwd=home)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def python(programs, server, tmp_path):
+    "Runs code in a process of its own, whose Hub is the stand-in; what it prints."
+    env = {'HF_ENDPOINT':server.url, 'HF_HOME':tmp_path, 'HF_TOKEN':'hf_x', 'HF_HUB_DISABLE_TELEMETRY':'1',
+           'HF_HUB_DISABLE_XET':'1', 'HF_HUB_DISABLE_PROGRESS_BARS':'1', 'NO_PROXY':'127.0.0.1', 'no_proxy':'127.0.0.1'}
+
+    def run(code):
+        done = programs.run('-c', code, env=env, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+    return run
 
 
 PUSH = """
@@ -124,15 +125,15 @@ for name, revision in (('someone/other', None), ('someone/student', 'v9'), ('som
 
 
 @pytest.mark.slow
-def test_upload_and_load(server, tmp_path):
-    first, second = python(PUSH, server, tmp_path).split()
+def test_upload_and_load(server, python):
+    first, second = python(PUSH).split()
     assert set(server.commits['main']) == {'config.json', 'model.safetensors', 'README.md'}
     first = first.rsplit('/', 1)[1]
     page = server.commits[first]['README.md'].decode()
     assert page.startswith('---\n') and 'library_name: ditnano' in page and '| scores.FD-x | 1.5 |' in page
     assert len(server.commits[first]['model.safetensors']) < 2*60_000   # float16
 
-    lines = python(PULL.format(first=first), server, tmp_path).splitlines()
+    lines = python(PULL.format(first=first)).splitlines()
     assert lines[:2] == ['True True', "{'data': 'none', 'scores': {'FD-x': 1.5}} GET 1"]
     assert lines[2].startswith('someone/other: no folder, and not fetched from the Hub (')
     assert lines[3].startswith('someone/student at v9: no folder, and not fetched from the Hub (')
@@ -140,7 +141,7 @@ def test_upload_and_load(server, tmp_path):
     assert lines[5].startswith('a b/c is no folder and no shipped student') and len(lines) == 6
 
 
-def test_a_damaged_or_incomplete_download_is_named(server, tmp_path):
+def test_a_damaged_or_incomplete_download_is_named(server, python, tmp_path):
     from ditnano import DiT
     DiT.from_pretrained('nano-digits').save_pretrained(tmp_path/'w')
     whole = {p.name:p.read_bytes() for p in (tmp_path/'w').iterdir()}
@@ -150,16 +151,16 @@ def test_a_damaged_or_incomplete_download_is_named(server, tmp_path):
     code = ("from ditnano import DiT\nfor n in '12':\n"
             "    try: DiT.from_pretrained('someone/student', n*40)\n"
             "    except (ValueError, FileNotFoundError) as e: print(e)")
-    damaged, missing = python(code, server, tmp_path).splitlines()
+    damaged, missing = python(code).splitlines()
     assert 'model.safetensors: damaged or altered' in damaged and 'no model.safetensors in that repository' in missing
 
 
-def test_names_and_folders_fetch_nothing(server, tmp_path):
+def test_names_and_folders_fetch_nothing(server, python, tmp_path):
     (tmp_path/'runs').mkdir()
     code = ("from ditnano import DiT\nDiT.from_pretrained('nano-digits').save_pretrained('runs/mine')\n"
             "DiT.from_pretrained('runs/mine')\n"
             "for args in (('runs/yours',), ('nano-9m',), ('./a/b',), ('runs/mine', 'v1')):\n"
             "    try: DiT.from_pretrained(*args)\n    except (FileNotFoundError, ValueError) as e: print(e)")
-    lines = python(code, server, tmp_path).splitlines()
+    lines = python(code).splitlines()
     assert [line.split(' is no ')[0] for line in lines[:3]] == ['runs/yours', 'nano-9m', './a/b'] and server.log == []
     assert lines[3] == "revision 'v1' of runs/mine: expected a Hub id, 'owner/name'"

@@ -235,10 +235,10 @@ class DriftingClock:
 def test_turns_cancel_a_drift():
     m = DriftingClock(18)
     together = paired_timing(lambda: m.work(.2), lambda: m.work(.1), rounds=10, clock=m.clock)
-    assert together.ratio == pytest.approx(2) and together.decided
+    assert together.ratio == pytest.approx(2) and together.low>1
     m = DriftingClock(0)
     p = paired_timing(lambda: m.work(.2), lambda: m.work(.1), rounds=4, items=(64, 32), clock=m.clock)
-    assert p.ratio == pytest.approx(1) and not p.decided and p.rates == pytest.approx((64/.6, 32/.3))
+    assert p.ratio == pytest.approx(1) and p.low<=1<=p.high and p.rates == pytest.approx((64/.6, 32/.3))
     assert json.loads(json.dumps(p.to_dict()))['items'] == [64, 32]
     refused('rounds=0', paired_timing, print, print, 0)
 

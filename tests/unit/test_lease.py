@@ -8,17 +8,13 @@ import pytest
 from ditnano.config import load_scale
 from ditnano.lab.artefacts import TRAINING_RECIPES
 from ditnano.lab.lease import (
-    Packs,
     Schedule,
     SimulatedClock,
-    pack_bytes,
-    parse_size,
     plan_lease,
-    read_pack,
     run_lease,
-    take_packs,
     teacher_images,
 )
+from ditnano.lab.packs import PACK_FORMAT, Packs, pack_bytes, parse_size, read_pack, take_packs
 
 RUN = 'runs/distill-0123456789ab'
 RECIPE = TRAINING_RECIPES['teacher-cifar10-7m'].train
@@ -72,6 +68,16 @@ def test_packs_are_filled_first_to_last(tmp_path):
     assert held == [f'{RUN[:-1]}{i}/result.json' for i in range(4)]
 
 
+def test_packs_that_would_not_come_back_are_named(tmp_path):
+    big = Packs(tmp_path, 110_000, 3)
+    for i in range(6): big.add({f'{RUN[:-1]}{i}/result.json': bytes([i])*40_000}, {})
+    assert big.names() == {f'{RUN[5:-1]}{i}' for i in range(6)}
+    with pytest.raises(ValueError, match='pack-2.tar: one too many; expected 2 packs'):
+        Packs(tmp_path, 110_000, 2).names()
+    with pytest.raises(ValueError, match='pack-0.tar: .* bytes; expected 60,000 at most, or another folder'):
+        Packs(tmp_path, 60_000, 3).names()
+
+
 @pytest.mark.parametrize('name', ['../escape.json', '/etc/passwd', 'runs/../../x.json', f'{RUN}/../../x.json',
                                   'runs\\x\\y.json', f'{RUN}/.hidden', 'teachers/../a/b', f'{RUN}/a/b/c.json',
                                   'C:/x.json', 'weights/config.json'])
@@ -93,8 +99,13 @@ def test_only_plain_files(tmp_path, kind):
 def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match='no readable manifest.json'):
         read_pack(plain_tar(tmp_path/'a.tar', (f'{RUN}/result.json', b'{}')))
-    with pytest.raises(ValueError, match='not of the format'):
+    with pytest.raises(ValueError, match=f"b.tar: of format None; expected '{PACK_FORMAT}'"):
         read_pack(plain_tar(tmp_path/'b.tar', ('manifest.json', b'{}')))
+    with pytest.raises(ValueError, match="d.tar: of format 'ditnano-pack-2'; expected 'ditnano-pack-1'"):
+        read_pack(plain_tar(tmp_path/'d.tar', ('manifest.json', b'{"format": "ditnano-pack-2"}')))
+    for text in (b'[1]', b'"text"', b'{"format": "ditnano-pack-1"}', b'{"format": ["a"]}', b'\xff'):
+        with pytest.raises(ValueError, match='e.tar: .*expected'):
+            read_pack(plain_tar(tmp_path/'e.tar', ('manifest.json', text)))
     (tmp_path/'c.tar').write_bytes(b'not a tar file'*100)
     with pytest.raises(ValueError, match='not a whole tar file'):
         read_pack(tmp_path/'c.tar')

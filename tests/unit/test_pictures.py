@@ -83,6 +83,41 @@ def test_data_sets_of_hugging_face(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='columns a, b; expected one of pictures'): load_images(tmp_path/'two')
 
 
+def test_columns_of_a_data_set_are_named(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    files = [{'bytes':picture(k), 'path':None} for k in range(24)]
+    columns = {'left':files, 'right':files[::-1], 'kind':[k%2 for k in range(24)], 'weight':[.5]*24}
+    types = datasets.Features({'left':datasets.Image(), 'right':datasets.Image(), 'kind':datasets.Value('int64'),
+                               'weight':datasets.Value('float32')})
+    file = tmp_path/'two.parquet'
+    datasets.Dataset.from_dict(columns, features=types).to_parquet(file)
+    left, right = (load_images(file, columns=c) for c in ('left','right'))
+    assert left.classes == ('two',) and left.hash != right.hash
+    assert load_images(file, columns='left,kind').classes == ('0','1')
+    for named, text in (('middle', "column 'middle'; expected one of pictures: left, right"),
+                        ('kind', "column 'kind'; expected one of pictures"),
+                        ('left,weight', "column 'weight'; expected one of classes: kind")):
+        with pytest.raises(ValueError, match=text): load_images(file, columns=named)
+    with pytest.raises(ValueError, match="columns 'left' of .*photos: no data set"):
+        load_images(fill(tmp_path/'photos'), columns='left')
+    with pytest.raises(ValueError, match="columns 'left' of digits32: no data set"):
+        load_images('digits32', columns='left')
+
+
+def test_rows_without_picture_or_class_are_named(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    files = [{'bytes':picture(k), 'path':None} for k in range(24)]
+    types = datasets.Features({'image':datasets.Image(), 'kind':datasets.ClassLabel(names=['cat','dog'])})
+    def saved(name, files, kinds):
+        datasets.Dataset.from_dict({'image':files, 'kind':kinds}, features=types).to_parquet(tmp_path/name)
+        return tmp_path/name
+    with pytest.raises(ValueError, match='unlabelled: picture 3 has no class'):
+        load_images(saved('unlabelled.parquet', files, [0]*3+[-1]+[1]*20))
+    empty = saved('empty.parquet', [None if k in (5,6,7,8) else f for k,f in enumerate(files)], [k%2 for k in range(24)])
+    with pytest.raises(ValueError, match=r'no picture in column image; expected one in each row'): load_images(empty)
+    assert sum(len(load_images(empty, s, skip_damaged=True)) for s in ('train','test')) == 20
+
+
 @pytest.mark.parametrize('size', [16, 24, 32, 48, 64])
 @pytest.mark.parametrize('shape', [(100,100), (90,140), (333,128), (20,31)])
 def test_resizing_equals_torchvision_within_one_level(size, shape):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ditnano.lab.processes import RunsInProgress, run_progress
-from ditnano.train import Progress
+from ditnano.state import Progress
 
 
 def line(images, **more): return {'images': images, 'of': 1000, 'loss': 0.5, 'images_per_s': 1234.5} | more

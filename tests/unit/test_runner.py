@@ -16,16 +16,15 @@ from ditnano.deploy.runner import (
     available_runtimes,
     bench_command,
     build_engine,
+    bundle_row,
     check,
     check_file,
     choose_runtime,
-    frame_time,
     graph_file,
     make_images,
     model_file,
     parse_version,
     read_card,
-    table_row,
     tensorrt_command,
     time_batch,
     trtexec_version,
@@ -232,11 +231,11 @@ def test_images():
     with refused('3 images; this bundle makes them 2 at a time'): make_images(Identity(), {**CARD, 'batch':2}, [1,2,3])
 
 
-def test_frame_time_is_that_of_batch_one(tmp_path):
-    watch = {n:jetson.watch(tmp_path, every=.02) for n in (1, 2)}
+def test_batches_are_timed(tmp_path):
+    watch = {n:jetson.Sampler(tmp_path, every=.02) for n in (1, 2)}
     one, two = (time_batch(Identity(), CARD, 'fp32', n, .05, 0, watch[n]) for n in (1, 2))
-    frame = frame_time(one)
-    assert 0<frame['p50_ms']<=frame['p99_ms'] and frame['frames']==len(one.seconds) and frame_time(two)=={}
-    assert table_row(one, CARD)['p99_ms']==frame['p99_ms'] and one.card['weights']==CARD['weights']
+    row = bundle_row(one, CARD)
+    assert 0<row['ms']<=row['p99_ms']==one.ms(99) and row['batch']==1 and one.card['weights']==CARD['weights']
+    assert bundle_row(two, CARD)['batch']==2
     with refused('batch 0; expected 1 or more'): time_batch(Identity(), CARD, 'fp32', 0)
     with refused('batch 3; expected 2'): time_batch(Identity(), {**CARD, 'batch':2}, 'fp32', 3)

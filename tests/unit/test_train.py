@@ -13,6 +13,7 @@ from ditnano.config import TrainConfig, UNetConfig
 from ditnano.edm import augment
 from ditnano.images import load_images, to_unit
 from ditnano.lab.artefacts import DenoiseTask
+from ditnano.state import read_history
 from ditnano.train import (
     DeviceBatches,
     GraphedStep,
@@ -23,7 +24,6 @@ from ditnano.train import (
     fit,
     learning_rate,
     prepare_training,
-    read_history,
     supports_graph_capture,
     train_step,
     update_ema,

@@ -30,6 +30,7 @@ def options():
     parser = argparse.ArgumentParser('campaign', description=__doc__.splitlines()[0])
     parser.add_argument('--seed', type=int, default=0, help='decides every random choice')
     parser.add_argument('--whole', action='store_true', help='all trials: minutes; default a few of each kind')
+    parser.add_argument('--each', type=int, help='so many trials of each row at most')
     parser.add_argument('--only', nargs='*', default=[], help=f'kinds ({kinds}), or parts of the names of rows')
     parser.add_argument('--keep', type=Path, help='a folder for the trials, which stay there')
     parser.add_argument('--list', action='store_true', help='print the trials, and run none')
@@ -65,6 +66,7 @@ def run(trials, world, seed, verbose):
 def main():
     given, begin = options(), time.monotonic()
     trials = [t for kind, make in KINDS.items() for t in make(given.whole) if chosen(kind, t, given.only)]
+    trials = [t for t in trials if given.each is None or t.number < given.each]
     if not trials: sys.exit(f"campaign: no trial matches {' '.join(given.only)}; expected {', '.join(KINDS)}")
     if given.list: return print('\n'.join(f'{t.kind} {t.number}' for t in trials))
     warnings.filterwarnings('ignore', 'This process .* is multi-threaded', DeprecationWarning)
