@@ -237,7 +237,7 @@ def _check_scale(s):
 # %% ../nbs/01_config.ipynb #cbbcce8d
 @dataclass(frozen=True)
 class Scale(Config):
-    "How much of everything: data, teacher, images seen, samples judged. The defaults are `smoke`."
+    "How much of everything: data, teacher, images seen, samples evaluated. The defaults are `smoke`."
     name:str='smoke'
     data:str='digits32'             # Image set: 'digits32' or 'cifar10', with a size as in 'cifar10-jpeg@16'
     teacher:str='digits32'          # Teacher name, folder or .pkl
@@ -253,9 +253,9 @@ class Scale(Config):
     ema:float=0.9999                # Largest EMA decay
     precision:str='bf16'            # Of training
     loss:str='perceptual-digitslens@32' # Loss of every run that does not compare losses
-    guidance:float=1.5              # Classifier-free guidance of the judged samples
-    samples:int=160                 # Samples behind each judged number
-    blocks:int=1                    # Blocks of `samples` that are judged, each from seeds of its own
+    guidance:float=1.5              # Classifier-free guidance of the evaluated samples
+    samples:int=160                 # Samples behind each number
+    blocks:int=1                    # Blocks of `samples` that are evaluated, each from seeds of its own
     judges:tuple[str,...]=('digitsnet',) # Feature extractors of the evaluation; no loss may use them
     references:tuple[str,...]=('train',) # Splits of the real images to compare with: 'train', 'test'
     seeds:tuple[int,...]=(0,)            # Training seeds
