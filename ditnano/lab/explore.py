@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..config import DESIGNS
 from .report import EXPLORER, read_table, render
-from ..paper import TABLES, table
+from ..paper import frame, table
 from ditnano.principles import (
     WIDTHS,
     count_params,
@@ -242,7 +242,7 @@ def build_explorer(
     drawn = charts(found['designs'], paper, measured, names)
     found['axes'] = {c['id']:{a:{k:v for k,v in c[a].items() if k!='ticks'} for a in 'xy'} for c in drawn}
     errors = jetson_law().leave_one_out_errors()
-    law = (f"The law of seconds is fitted to the shapes of Table 6 ({TABLES[6].hardware.partition(' (')[0]}); on a "
+    law = (f"The law of seconds is fitted to the shapes of Table 6 ({frame(6).attrs['hardware'].partition(' (')[0]}); on a "
            f"shape that it has not seen it is {100*sum(map(abs, errors))/len(errors):.1f}% off on average.")
     return render('explore.html', table=found, charts=drawn, marks=MARKS, paper=paper, measured=measured,
                   seconds=names[0], metric=names[1], stamp=stamp, law=law,
