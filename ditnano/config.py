@@ -98,7 +98,8 @@ def _check_shape(cfg, heads, **ratios):
     _expect(cfg.image_size%cfg.patch==0, cfg, 'patch', cfg.patch, f'a divisor of image_size={cfg.image_size}')
     for k,r in ratios.items(): _expect(int(w*r)>=1, cfg, k, r, 'more than 0')
     if several and len(heads)!=cfg.depth:
-        raise ValueError(f"{type(cfg).__name__}: {len(heads)} head counts for depth {cfg.depth}; expected one per layer")
+        name = type(cfg).__name__
+        raise ValueError(f"{name}: {len(heads)} head counts for depth {cfg.depth}; expected one per layer")
     for n in heads if several else (heads,):
         _expect(_has_type(n,int) and n>=1, cfg, 'heads', n, 'a whole number of 1 or more')
         if w%n: raise ValueError(f"{type(cfg).__name__}: heads={n} does not divide width={w}; expected one of "
@@ -230,12 +231,13 @@ def _check_scale(s):
     if used in s.judges: raise ValueError(f"Scale: extractor {used!r} is also the loss; expected one that no loss used")
     _, at, size = s.data.partition('@')
     _expect(not at or size.isdecimal(), s, 'data', s.data, "a size in pixels behind the @, as in 'cifar10-jpeg@16'")
-    for k,v in s.experiments.items(): _expect(isinstance(v,dict), s, f'experiments[{k!r}]', v, 'a mapping of parameters')
+    for k,v in s.experiments.items():
+        _expect(isinstance(v,dict), s, f'experiments[{k!r}]', v, 'a mapping of parameters')
 
 # %% ../nbs/01_config.ipynb #cbbcce8d
 @dataclass(frozen=True)
 class Scale(Config):
-    "How much of everything: data, teacher, images seen, samples judged. The defaults are `smoke`."
+    "How much of everything: data, teacher, images seen, samples evaluated. The defaults are `smoke`."
     name:str='smoke'
     data:str='digits32'             # Image set: 'digits32' or 'cifar10', with a size as in 'cifar10-jpeg@16'
     teacher:str='digits32'          # Teacher name, folder or .pkl
@@ -251,9 +253,9 @@ class Scale(Config):
     ema:float=0.9999                # Largest EMA decay
     precision:str='bf16'            # Of training
     loss:str='perceptual-digitslens@32' # Loss of every run that does not compare losses
-    guidance:float=1.5              # Classifier-free guidance of the judged samples
-    samples:int=160                 # Samples behind each judged number
-    blocks:int=1                    # Blocks of `samples` that are judged, each from seeds of its own
+    guidance:float=1.5              # Classifier-free guidance of the evaluated samples
+    samples:int=160                 # Samples behind each number
+    blocks:int=1                    # Blocks of `samples` that are evaluated, each from seeds of its own
     judges:tuple[str,...]=('digitsnet',) # Feature extractors of the evaluation; no loss may use them
     references:tuple[str,...]=('train',) # Splits of the real images to compare with: 'train', 'test'
     seeds:tuple[int,...]=(0,)            # Training seeds

@@ -43,7 +43,7 @@ def design_header(
     format:str='fp32',   # Of stored matrices: 'fp32', 'fp16', 'int8' or 'bf16'
     bf16:bool=False,     # Products in bfloat16
     amx:bool=False,      # With Intel's tile instructions
-    guidance:float=1.5,  # What a program takes if not told otherwise
+    guidance:float=1.5,  # What a program takes by default
 )->str: # Text of design.h
     "One design as the constants that the C is compiled with."
     sizes = [cfg.width//h for h in cfg.heads_per_layer]

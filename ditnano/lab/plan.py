@@ -390,7 +390,7 @@ def _plan_at_scale(found, experiment, name, comparisons, seeds):
     planned = {p['label'] for p in plan}
     if not labels<=planned: return None
     done = runs_of(found, experiment, s).groupby('label').seed.nunique()
-    others = sum(n-1 for l,n in done.items() if l not in planned)   # they tell the spread, too
+    others = sum(n-1 for l,n in done.items() if l not in planned)   # they, too, measure the spread
     seeds = max(seeds, 2, math.ceil((MIN_DEGREES_OF_FREEDOM-others)/len(plan))+1)
     left = [(p, max(0, seeds-int(done.get(p['label'],0)))) for p in plan]
     work = sum(n*p['images']*count_flops(p['depth'],p['width'])*relative_cost(found,p['recipe']) for p,n in left)
