@@ -315,8 +315,8 @@ def student_designs(
     channels:int,     # 3 or 1
     classes:int,      # Classes
 )->list: # Of DiTConfig, the finest patches first
-    "Designs for a budget: the rules' first proposal at each patch size that fits; at least one."
-    patches = [p for p in ((2,4) if size<=32 else (4,8,2)) if not size%p][:2]
+    "Designs for a budget: the rules' first proposal at each patch size that fits."
+    patches = [p for p in ((2,4) if size<=32 else (4,8,2)) if not size%p and size//p>=8][:2]
     if not patches: raise ValueError(f"size {size}; expected an even number")
     common = dict(image_size=size, channels=channels, classes=classes, label_dropout=0.1*(classes>1))
     best = [(propose(max_params, patch=p, **common)[0], p) for p in patches]

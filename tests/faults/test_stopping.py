@@ -1,9 +1,11 @@
 "What happens to children when a sweep or a notebook is stopped or killed, and notebooks in odd surroundings."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import nbformat
@@ -105,7 +107,8 @@ def test_a_stopped_notebook_leaves_no_kernel(number, tmp_path):
     (tmp_path/'paper').mkdir()
     started = tmp_path/'started'
     source = f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)"
-    process = start(NOTEBOOK, notebook(tmp_path/'paper', source), tmp_path/'runs', tmp_path/'out')
+    short = tempfile.mkdtemp()   # a long path would be passed over
+    process = start(NOTEBOOK, notebook(tmp_path/'paper', source), tmp_path/'runs', tmp_path/'out', TMPDIR=short)
     try:
         wait_for(lambda: process.poll() is not None or started.is_file() and started.read_text(), 300, 'the kernel')
         assert process.poll() is None, process.communicate()
@@ -114,7 +117,10 @@ def test_a_stopped_notebook_leaves_no_kernel(number, tmp_path):
         process.send_signal(number)
         out, err = process.communicate(timeout=300)
         wait_for(lambda: not any(map(alive, below)), 120, 'the end of the kernel')
-    finally: end(process)
+        assert [name for name in os.listdir(short) if name.startswith('ditnano')] == []
+    finally:
+        end(process)
+        shutil.rmtree(short)
     if number != signal.SIGKILL: assert 'the same command resumes' in out, (out, err)
 
 
