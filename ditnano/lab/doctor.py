@@ -223,6 +223,7 @@ def _records():
         try: root = folder()
         except FileNotFoundError: continue   # no repository here
         for path in sorted(root.glob('*/result.json')): yield path.parent, read_result
+        yield from _artifacts(root)   # students
 
 def _everything():
     "What can be checked, and what to do if it is damaged."
