@@ -116,12 +116,11 @@ def norm(
         one, zero = g.const('ones', np.ones(width)), g.const('zeros', np.zeros(width))
         x = g.node('LayerNormalization', [x,one,zero], f'{name}/norm', axis=-1, epsilon=1e-6)
     else:
-        mean = g.node('ReduceMean', [x], f'{name}/mean', axes=[-1])
-        d = g.node('Sub', [x,mean], f'{name}/difference')
-        square = g.node('Mul', [d,d], f'{name}/square')
-        variance = g.node('ReduceMean', [square], f'{name}/variance', axes=[-1])
-        positive = g.node('Add', [variance,g.const('epsilon', 1e-6)], f'{name}/positive')
-        x = g.node('Div', [d,g.node('Sqrt', [positive], f'{name}/deviation')], f'{name}/norm')
+        def op(kind, label, *inputs, **how): return g.node(kind, inputs, f'{name}/{label}', **how)
+        d = op('Sub', 'difference', x, op('ReduceMean', 'mean', x, axes=[-1]))
+        variance = op('ReduceMean', 'variance', op('Mul', 'square', d, d), axes=[-1])
+        deviation = op('Sqrt', 'deviation', op('Add', 'positive', variance, g.const('epsilon', 1e-6)))
+        x = op('Div', 'norm', d, deviation)
     return g.node('Add', [g.node('Mul', [x,scale], f'{name}/scaled'),shift], name)
 
 

@@ -43,7 +43,7 @@ def design_header(
     format:str='fp32',   # Of stored matrices: 'fp32', 'fp16', 'int8' or 'bf16'
     bf16:bool=False,     # Products in bfloat16
     amx:bool=False,      # With Intel's tile instructions
-    guidance:float=1.5,  # What a program takes if not told otherwise
+    guidance:float=1.5,  # What a program takes by default
 )->str: # Text of design.h
     "One design as the constants that the C is compiled with."
     sizes = [cfg.width//h for h in cfg.heads_per_layer]
@@ -136,7 +136,10 @@ def library(
     if not (path.is_file() and note.is_file() and note.read_text()==file_hash(path)):
         _compile(cc, design, path)
         with atomic(note) as tmp: tmp.write_text(file_hash(path))
-    return _declared(ctypes.CDLL(str(path)))
+    try: return _declared(ctypes.CDLL(str(path)))
+    except OSError as e:
+        raise OSError(f"{path}: cannot be loaded ({e}); expected a folder from which programs may run "
+                      "(set DITNANO_CACHE to one)") from None
 
 # %% ../../nbs/deploy/02_native.ipynb #ea2000ca
 def pad_columns(

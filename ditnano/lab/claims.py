@@ -121,7 +121,7 @@ def latency_part(
     scale:str,          # 'best', or anything else for `s`
     comparisons:list,   # (a, b, factor): a faster than `factor` times b; each (model, depth, width, heads, guided)
 )->Part:
-    "The part of a claim that a stop-watch decides, on the machine that holds it."
+    "The part of a claim that timings decide, on the machine that made them."
     designs = list(dict.fromkeys(d for a,b,_ in comparisons for d in (a,b)))
     sets = {n:own for n,rows in _timings(found, s, scale).items()
             if len(own := {d:rows[d] for d in designs if d in rows})>1}

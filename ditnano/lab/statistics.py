@@ -53,21 +53,21 @@ class Comparison:
     outcome:str # 'lower' than zero, 'higher', or 'open'
     why:str     # The numbers behind it, or what lacks
     seeds:int=0 # Where open: seeds per row that would pass if the means stayed; 0 where seeds are not what lacks
-    metric:str='' # The judge that asks for that many
+    metric:str='' # The distance that asks for that many
 
 def common_metrics(
     rows:pd.DataFrame, # Rows of one experiment and scale
     labels,            # Those that are compared
 )->list: # Columns
-    "The distances that all of these have, one per network: a second reference or a deviation is no further judge."
+    "The distances that all of these have, one per network: a second reference or a deviation is no further one."
     own = rows[rows.label.isin(labels)].groupby('label')
     return [j for j in distances(rows) if ' ' not in j and own[j].count().gt(0).all()]
 
 def _missing_evidence(rows, weights):
     if missing := [l for l in weights if l not in set(rows.label)]: return f"not run: {', '.join(missing)}"
-    if len(judged := common_metrics(rows,weights))<2:
-        return f"one judge ({judged[0]}); two must agree" if judged else 'judged by none'
-    degrees_of_freedom = min(seed_spread(rows,j)[1] for j in judged)
+    if len(metrics := common_metrics(rows,weights))<2:
+        return f"one judge ({metrics[0]}); two must agree" if metrics else 'judged by none'
+    degrees_of_freedom = min(seed_spread(rows,j)[1] for j in metrics)
     if not degrees_of_freedom: return 'one seed per row, so the spread was not measured'
     if degrees_of_freedom<MIN_DEGREES_OF_FREEDOM:
         return (f"a spread of {degrees_of_freedom} degree{'s'[:degrees_of_freedom>1]} of freedom only; "
@@ -88,7 +88,7 @@ def compare_means(
     weights:dict,      # Label -> weight of its mean distance
     questions:int=1,   # Comparisons of which any refutes, this one included
 )->Comparison:
-    "Whether the weighted sum is below zero for every judge, by more than the spread over seeds explains."
+    "Whether the weighted sum is below zero for every distance, by more than the spread over seeds explains."
     if why := _missing_evidence(rows, weights): return Comparison('open', why)
     found = {}
     for j in common_metrics(rows, weights):
