@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Design', 'Seeds', 'Minutes', 'Timed', 'Backend', 'RECIPE_OPTIONS', 'RecipeOptions', 'TRAIN_DEFAULTS',
-           'MEASURED_HERE', 'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'parse_seeds', 'UsageError',
-           'design', 'doctor', 'distill', 'teach', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options',
+           'MEASURED_HERE', 'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'UsageError', 'design',
+           'explore', 'doctor', 'distill', 'teach', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options',
            'GETModelOptions', 'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease',
            'with_help', 'main']
 
@@ -29,7 +29,7 @@ from . import __version__
 from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
 from .deploy.jetson import text_table
 from .principles import parse_count, propose
-from .repro import repo_root, runs_dir, write_json
+from .repro import parse_seeds, project_folder, runs_dir, write_json
 
 # %% ../nbs/50_cli.ipynb #ce3eba52
 def parse_ints(
@@ -44,20 +44,11 @@ def parse_design(
     text:str, # depth,width,heads; heads of each layer as 4-4-8-8-8
 )->tuple: # (depth, width, heads); heads an int or a tuple
     "A student's design, as in 5,64,8."
-    if not re.fullmatch(r'\d+,\d+,\d+(-\d+)*', text):
+    if not re.fullmatch('[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}(-[0-9]{1,9})*', text):
         raise ValueError(f"design {text!r}; expected depth,width,heads, as in 5,64,8")
     depth, width, heads = text.split(',')
     each = tuple(map(int, heads.split('-')))
     return int(depth), int(width), each if len(each)>1 else each[0]
-
-def parse_seeds(
-    text:str, # First and last seed, as in 0-39, or one seed
-)->range:
-    "A range of seeds."
-    first, _, last = text.partition('-')
-    if not (first.isdigit() and (last or first).isdigit()) or int(last or first)<int(first):
-        raise ValueError(f"seeds {text!r}; expected a range, as in 0-39")
-    return range(int(first), int(last or first)+1)
 
 # %% ../nbs/50_cli.ipynb #36a595e6
 class UsageError(Exception):
@@ -116,6 +107,22 @@ def design(
         latency = '' if d.latency is None else f'{d.latency:>8.0f} s'
         print(f"{n:<3}{d.depth:>6}{d.width:>6}{d.heads:>6}{d.params:>12,}{latency}")
     for n, d in enumerate(found[:3], 1): print(f"{n}  {d.why}")
+
+# %% ../nbs/50_cli.ipynb #7204ddc4
+def explore(
+    port:int=0,          # Port on this machine; 0 takes a free one
+    browser:bool=True,   # Open the page in the browser
+    out:Path|None=None,  # Write the page to this file instead of serving it
+):
+    """Show the design rules as a page: a budget gives a design, its neighbours and the reasons.
+
+    Example: ditnano explore
+
+    Example: ditnano explore --out explore.html
+    """
+    from ditnano.lab.explore import build_explorer, serve, write_explorer
+    if out: return print(write_explorer(out=out))
+    serve(build_explorer(), port, browser)
 
 # %% ../nbs/50_cli.ipynb #af378f46
 def doctor(
@@ -551,7 +558,7 @@ def sweep(
     device:str='auto',            # Where each run computes: auto, cpu, cuda or mps
     recompute:bool=False,         # Compute also runs whose records came with paper_figures/evidence
     verify:Path|None=None,        # Compute a committed run again and compare: its folder in paper_figures/evidence
-    slurm:tuple[str,...]=(),      # Settings of submitit, as in slurm_partition=gpu gpus_per_node=1
+    slurm:tuple[str,...]=(),      # Settings of jobs, as in partition=gpu gpus_per_node=1 account=me
 ):
     """Compute the missing runs of a scale.
 
@@ -570,9 +577,15 @@ def sweep(
         many = pick_device(device).type=='cuda' and 'RANK' not in os.environ
         executor = 'processes' if many else 'inline'
     limit = _minutes_left(minutes, float('inf'))
+    settings = slurm_settings(slurm)
+    def job_minutes(configs): return _job_minutes(configs, s, settings)
     records = sweep(groups, runs, s.name, executor, workers, limit, device, evidence_folder=evidence,
-                    **slurm_settings(slurm))
+                    job_minutes=job_minutes, **settings)
     print(f'{len(records)} of {sum(map(len, groups))} runs are done')
+
+def _job_minutes(configs, scale, settings):
+    from ditnano.lab.plan import job_minutes
+    return job_minutes(configs, scale, gpu=any('gpu' in f'{k}={v}' for k, v in settings.items()))
 
 def _run_groups(experiment, scale):
     from ditnano.lab.experiments import EXPERIMENTS, experiment_configs, priority_groups
@@ -619,17 +632,19 @@ def paper(
     for stage, notebooks in _stages(scale, _notebooks(only)):
         made += run_notebooks(notebooks, stage, runs=runs or '', out=out or '', force=force)
     skipped, seconds = sum(m['skipped'] for m in made), sum(m['seconds'] for m in made)
-    page = _write_page(out) if any(p.parent.name=='paper' for p in _notebooks(only)) else ''
+    page = _write_pages(out or '') if any(p.parent.name=='paper' for p in _notebooks(only)) else ''
     print(f"{len(made)-skipped} notebooks run, {skipped} unchanged, {seconds:.0f} s; see "
           f"{out or 'paper_figures'}/{page}")
 
-def _write_page(out):
+def _write_pages(out):
+    from ditnano.lab.explore import write_explorer
     from ditnano.lab.report import write_report
-    return write_report(out or '').name
+    write_explorer(out)
+    return write_report(out).name
 
 # %% ../nbs/50_cli.ipynb #30f4db82
 def _notebooks(only):
-    folders = [repo_root()/'nbs'/f for f in ('experiments', 'paper')]
+    folders = [project_folder(f'nbs/{f}') for f in ('experiments', 'paper')]
     every = {p.stem:p for folder in folders for p in sorted(folder.glob('*.ipynb'))}
     chosen = list(every) if only is None else only.split(',')
     for name in chosen:
@@ -701,7 +716,8 @@ def lease(
 
 # %% ../nbs/50_cli.ipynb #e9d3408a
 COMMANDS = {f.__name__:f for f in
-            (design, distill, teach, pairs, train, sample, eval, bench, export, sweep, lease, paper, build, doctor)}
+            (design, explore, distill, teach, pairs, train, sample, eval, bench, export, sweep, lease, paper, build,
+             doctor)}
 ABOUT = 'Design, distill, measure and ship tiny one-step diffusion transformers. `--version` prints the version.'
 OPTIONS = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes,
            tyro.conf.DisallowNone)
@@ -725,8 +741,12 @@ def _summarized(command):
     call.__doc__ = command.__doc__.splitlines()[0]
     return call
 
+def _expand_home(word):
+    "`~` at the start of a word or behind `--out=`, which a shell leaves as it is."
+    return re.sub('^(--[a-z-]+=)?(~[^/]*)(?=/|$)', lambda m: (m[1] or '')+os.path.expanduser(m[2]), word)
+
 def _run(words):
-    words = list(sys.argv[1:] if words is None else words)
+    words = [_expand_home(w) for w in (sys.argv[1:] if words is None else words)]
     if words[:1]==['--version']: return print(f'ditnano {__version__}')
     if words and words[0] in COMMANDS:
         command = with_help(COMMANDS[words[0]])

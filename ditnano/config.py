@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from .repro import content_hash, repo_root
+from .repro import content_hash, project_folder
 
 # %% ../nbs/01_config.ipynb #ee830052
 def factors(
@@ -297,7 +297,7 @@ def _read_scale(path):
     "The mapping in a YAML file; an error names the file, the place and what was expected."
     import yaml
     try: found = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         where = f"line {e.problem_mark.line+1}: " if getattr(e, 'problem_mark', None) else ''
         problem = getattr(e, 'problem', None) or str(e).splitlines()[0]
         raise ValueError(f"{path.name}: {where}{problem}; expected a whole YAML file") from None
@@ -313,7 +313,7 @@ def load_scale(
     path = Path(name)
     if path.suffix not in ('.yaml','.yml'):
         if name=='smoke': return SMOKE
-        path = repo_root()/'nbs'/'scales'/f'{name}.yaml'
+        path = project_folder('nbs/scales')/f'{name}.yaml'
     if not path.is_file():
         known = f"one of smoke, {', '.join(scale_names())}, or a path to a .yaml"
         raise FileNotFoundError(f"scale {str(name)!r}: no file {path.name}; expected {known}")
@@ -326,4 +326,4 @@ def load_scale(
 
 def scale_names()->list[str]: # Names of the scale files in nbs/scales
     "The committed scales."
-    return sorted(p.stem for p in (repo_root()/'nbs'/'scales').glob('*.yaml'))
+    return sorted(p.stem for p in project_folder('nbs/scales').glob('*.yaml'))

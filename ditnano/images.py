@@ -115,8 +115,8 @@ def decode_picture(
         im = _to_rgb(name, ImageOps.exif_transpose(im))
     except Image.DecompressionBombError:
         raise ValueError(f"{name}: oversized; expected {MAX_PIXELS:,} pixels at most") from None
-    except ValueError: raise
     except Exception as e:
+        if isinstance(e, ValueError) and str(e).startswith(name): raise   # ours; Pillow's do not name the file
         why = type(e).__name__
         raise ValueError(f"{name}: not a readable picture ({why}); "
                          f"expected an undamaged {', '.join(x[1:] for x in EXTENSIONS)}") from None
@@ -209,11 +209,17 @@ def _batches(folder, split):
     for n in names:
         if not (folder/n).is_file():
             raise FileNotFoundError(f"{folder.name}: no file {n}; expected torchvision's CIFAR-10 batches")
-        try: d = _ArraysOnly(io.BytesIO((folder/n).read_bytes()), encoding='bytes').load()
-        except (pickle.UnpicklingError, EOFError):
-            raise ValueError(f"{folder.name}/{n}: damaged or truncated; expected a CIFAR-10 batch") from None
-        images.append(np.asarray(d[b'data'], dtype=np.uint8).reshape(-1,3,32,32))
-        labels += list(d[b'labels'])
+        data = (folder/n).read_bytes()
+        try:
+            x, y = (_ArraysOnly(io.BytesIO(data), encoding='bytes').load()[k] for k in (b'data', b'labels'))
+            whole = x.dtype==np.uint8 and len(x)==len(y) and all(type(k) is int and 0<=k<=9 for k in y)
+            images.append(x.reshape(-1,3,32,32))
+        except Exception as e:   # a damaged pickle fails in many ways
+            if 'expected only numpy' in str(e): raise ValueError(f"{folder.name}/{n}: {e}") from None
+            why = type(e).__name__
+            raise ValueError(f"{folder.name}/{n}: damaged or truncated ({why}); expected a CIFAR-10 batch") from None
+        if not whole: raise ValueError(f"{folder.name}/{n}: expected bytes, and a label from 0 to 9 for each image")
+        labels += y
     return torch.from_numpy(np.concatenate(images)), torch.tensor(labels, dtype=torch.int64)
 
 # %% ../nbs/23_images.ipynb #3e97a205
@@ -330,7 +336,7 @@ def _load_full(name, split, folder):
     return _cached(file, lambda: _cifar10(kind, path, split), split, CIFAR_CLASSES)
 
 def _load_named(name, at, split, size, folder, channels):
-    if at and not at.isdigit():
+    if at and not at.isdecimal():
         raise ValueError(f"image set {name}@{at}; expected a size in pixels after '@', as in 'cifar10@16'")
     data, size = _load_full(name, split, folder), size or int(at or 0)
     if size and size!=data.images.shape[-1]: data = resize_images(data, size)

@@ -258,8 +258,8 @@ def load_statistics(
         with np.load(path, allow_pickle=False) as f:
             n = int(f['n']) if 'n' in f else 0
             return Statistics(f['mu'].astype(np.float64), f['sigma'].astype(np.float64), n)
-    except OSError: raise
     except Exception as e:
+        if isinstance(e, OSError) and e.filename: raise   # of the file system, not of the file's content
         what = f"{Path(path).name}: not readable as statistics ({type(e).__name__})"
         raise ValueError(f"{what}; expected an .npz with arrays mu and sigma") from None
 

@@ -8,6 +8,7 @@ __all__ = ['DTYPES', 'CHECKS', 'MAX_OPEN', 'ROWS_PER_READ', 'teacher_hash', 'pai
            'find_imported_pairs', 'teacher_record', 'ensure_pairs']
 
 # %% ../nbs/24_pairs.ipynb #bf074612
+import contextlib
 import copy
 import errno
 import json
@@ -36,6 +37,7 @@ from ditnano.repro import (
     lock,
     noise_and_labels,
     own_hash,
+    parse_seeds,
     pick_device,
     read_json,
     state_hash,
@@ -109,11 +111,7 @@ def sample_pairs(
 # %% ../nbs/24_pairs.ipynb #2e8e58d6
 def _seed_range(seeds):
     "First seed and one past the last, of a range, a count, '0-999', or a list without gaps."
-    if isinstance(seeds, str):
-        a, _, b = seeds.partition('-')
-        if not (a.isdigit() and (b or a).isdigit() and int(a)<=int(b or a)):
-            raise ValueError(f"seeds {seeds!r}: expected a range as in 0-999, the first no larger than the last")
-        return int(a), int(b or a)+1
+    if isinstance(seeds, str): seeds = parse_seeds(seeds)
     seeds = range(seeds) if isinstance(seeds, int) else seeds if isinstance(seeds, range) else list(seeds)
     if not len(seeds) or seeds[0]<0 or any(b-a!=1 for a,b in zip(seeds, seeds[1:])):
         raise ValueError("seeds: expected a range without gaps, from 0 or more, as in range(1000) or '0-999'")
@@ -175,6 +173,21 @@ _ENTRIES = {'recipe','layout','seeds','shards'}
 
 def _write_manifest(out, m): write_json(out/'manifest.json', m | {'sha256':own_hash(m)})
 
+def _are_ints(v, count, low, high=2**63):
+    return isinstance(v, list) and len(v)==count and all(type(k) is int and low<=k<high for k in v)
+
+def _is_manifest(m):
+    "Whether everything is there and of its kind; raises KeyError or TypeError where it is not."
+    recipe, layout = m['recipe'], m['layout']
+    texts = [recipe['teacher']['name'], recipe['teacher']['sha256'], *(s[k] for s in m['shards'] for k in
+                                                                        ('file','sha256'))]
+    counts = [recipe['classes'], *(s[k] for s in m['shards'] for k in ('count','bytes'))]
+    ranges = [m['seeds'], *(s['seeds'] for s in m['shards'])]
+    return (recipe['image_dtype'] in DTYPES and _are_ints(recipe['shape'], 3, 1, 4097)
+            and _are_ints([layout['shard']], 1, 1) and layout['noise'] in (True, False)
+            and _are_ints(counts, len(counts), 0) and all(isinstance(t, str) for t in texts)
+            and all(_are_ints(r, 2, 0) and r[0]<r[1] for r in ranges))
+
 def read_manifest(
     folder, # A folder made by `make_pairs`
 )->dict: # `recipe`, `layout`, `seeds` (first, one past last), `shards`
@@ -182,14 +195,12 @@ def read_manifest(
     path = Path(folder)/'manifest.json'
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_get_pairs")
-    try:
-        m = read_json(path)
-        own = m.pop('sha256', None)   # manifests of earlier versions have none
-        if not set(m)<=_ENTRIES or own not in (None, own_hash(m)):
-            raise ValueError(f"{path}: damaged or altered; expected the entries that hash to its sha256")
-        m['recipe']['teacher']['sha256'], m['layout']['shard'], m['seeds'][1]
-        [(s['file'], s['seeds'][1], s['bytes'], s['sha256']) for s in m['shards']]
-    except (KeyError, IndexError, TypeError): raise ValueError(f"{path}: not a manifest of pairs") from None
+    m = read_json(path)
+    own, whole = m.pop('sha256', None), False   # manifests of earlier versions have none
+    if not set(m)<=_ENTRIES or own not in (None, own_hash(m)):
+        raise ValueError(f"{path}: damaged or altered; expected the entries that hash to its sha256")
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError): whole = _is_manifest(m)
+    if not whole: raise ValueError(f"{path}: not a manifest of pairs; expected what make_pairs writes")
     return m
 
 # %% ../nbs/24_pairs.ipynb #5eca1040
@@ -249,7 +260,7 @@ def make_pairs(
     a, b = _seed_range(seeds)
     for k,v in {'shard':shard, 'batch':batch}.items():
         if v<1: raise ValueError(f"{k}={v}: expected 1 or more")
-    out, device, (teacher, name) = Path(out), pick_device(device), _resolve_teacher(teacher, name)
+    out, device, (teacher, name) = Path(out).expanduser(), pick_device(device), _resolve_teacher(teacher, name)
     recipe = pairs_recipe(teacher, name, steps, image_dtype, precision)
     if compile is None: compile = device.type=='cuda' and b-a>=2000
     def ready(): return partial(_make_shard, frozen_copy(teacher, device, compile), recipe, batch, device, store_noise)
@@ -418,7 +429,8 @@ class PairDataset(torch.utils.data.Dataset):
         limit:int|None=None, # Only the first `limit` pairs
         noise_cache:float=256, # MB of regenerated noise to keep
     ):
-        m, self.folder = read_manifest(folder), Path(folder)
+        self.folder = folder = Path(folder).expanduser()
+        m = read_manifest(folder)
         records, want = _records(self.folder, m, limit, check)
         a, shape = m['seeds'][0], m['recipe']['shape']
         self.seeds, self.recipe = range(a, a+want), m['recipe'] | {'seeds':[a, a+want]}

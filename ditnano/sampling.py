@@ -415,7 +415,7 @@ def sample_to(
     **options,            # guidance, backend, precision, batch, device, as for `sample`
 )->int: # Images written now
     "Write the images of `sample` to disk, a batch at a time."
-    path,seeds = Path(path),seeds if isinstance(seeds, int) else [int(s) for s in seeds]
+    path,seeds = Path(path).expanduser(),seeds if isinstance(seeds, int) else [int(s) for s in seeds]
     kind = path.suffix.lower() if not path.is_dir() else ''
     if kind not in WRITERS: raise ValueError(f"{path.name}: expected .npy, .safetensors, or a folder")
     identity = _identity(model, labels, **options)

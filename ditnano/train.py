@@ -373,12 +373,15 @@ def compile_regions(
 
 # %% ../nbs/31_train.ipynb #9f69b0ff
 class StopSignals:
-    "SIGINT and SIGTERM end the training after the step in progress; a second one acts at once."
+    "SIGINT, SIGTERM and a handled SIGUSR2 end the training after the step in progress; a second one acts at once."
     def __enter__(self)->"StopSignals":
         self.received, self.previous = 0, {}
         if threading.current_thread() is not threading.main_thread(): return self
         for s in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(s) not in (signal.SIG_IGN, None): self.previous[s] = signal.signal(s, self._note)
+        queued_again = getattr(signal, 'SIGUSR2', None)   # who handles it, as submitit does, ends the process
+        if queued_again and callable(signal.getsignal(queued_again)):
+            self.previous[queued_again] = signal.signal(queued_again, self._note)
         return self
 
     def _note(self, number, frame):
@@ -417,7 +420,7 @@ class Clock:
 class RunFiles:
     "A run's folder: checkpoint and history, written by the first process."
     def __init__(self, folder:str|os.PathLike[str], task:Task, cfg:TrainConfig, device='auto'):
-        self.folder, self.task, self.cfg, self.device = Path(folder), task, cfg, device
+        self.folder, self.task, self.cfg, self.device = Path(folder).expanduser(), task, cfg, device
         self.identity = {'train':cfg.to_dict(), 'task':task.identity}
         self.file, self.history = self.folder/'state.safetensors', History(folder)
 

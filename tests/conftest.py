@@ -13,6 +13,13 @@ from pathlib import Path
 
 import pytest
 
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    settings.register_profile('ci', max_examples=50, derandomize=True, deadline=None, suppress_health_check=quiet)
+    settings.register_profile('long', max_examples=5000, deadline=None, suppress_health_check=quiet)
+    settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
+
 ROOT = Path(__file__).resolve().parent.parent
 SLOW_FOLDERS = ('notebooks', 'processes', 'evidence')
 sys.path.insert(0, str(ROOT))

@@ -282,13 +282,15 @@ def parse_trtexec(
     def first(pattern, kind=str):
         m = re.search(pattern, text, re.M)
         return kind(m[1]) if m else None
+    number_form = r'(-?\d+(?:\.\d*)?(?:e[+-]?\d{1,2})?)(?!\S)'
     def version(n): return (n//1000, n//100%10, n%100) if n<10_000 else (n//10_000, n//100%100, n%100)
     number, end = first(r'\[TensorRT v(\d+)\]', int), first(r'^&&&& (PASSED|FAILED)')
     out = {'version':number and '.'.join(map(str, version(number))), 'passed':end and end=='PASSED',
-           'qps':first(r'Throughput:\s*(\S+)', float), 'walltime_s':first(r'Total Host Walltime:\s*(\S+)', float)}
+           'qps':first(rf'Throughput:\s*{number_form}', float),
+           'walltime_s':first(rf'Total Host Walltime:\s*{number_form}', float)}
     for key,name in _TIMES.items():
         line = first(rf'(?:^|\] ){name}: (.*= .*)$') or ''
-        found = re.findall(r'(\w+)(?:\((\d+)%\))? = ([\d.eE+-]+) ms', line)
+        found = re.findall(rf'(\w+)(?:\((\d+)%\))? = {number_form} ms', line)
         out[key] = {f'p{q}' if q else k:float(ms) for k,q,ms in found} or None
     return dict(out, warnings=tuple(re.findall(r'\[W\] (.*\S)', text)))
 

@@ -136,7 +136,10 @@ def library(
     if not (path.is_file() and note.is_file() and note.read_text()==file_hash(path)):
         _compile(cc, design, path)
         with atomic(note) as tmp: tmp.write_text(file_hash(path))
-    return _declared(ctypes.CDLL(str(path)))
+    try: return _declared(ctypes.CDLL(str(path)))
+    except OSError as e:
+        raise OSError(f"{path}: cannot be loaded ({e}); expected a folder from which programs may run "
+                      "(set DITNANO_CACHE to one)") from None
 
 # %% ../../nbs/deploy/02_native.ipynb #ea2000ca
 def pad_columns(

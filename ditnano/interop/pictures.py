@@ -68,20 +68,28 @@ def _arrange(where, names):
                          "expected all in folders or none")
     return [(n, unicodedata.normalize('NFC', c or where), part) for n,c,part in rows]
 
+# %% ../../nbs/interop/05_pictures.ipynb #571d63c7
+def _check_class_count(where, count):
+    if count>MAX_CLASSES: raise ValueError(f"{where}: {count:,} classes; expected at most {MAX_CLASSES:,}")
+
 # %% ../../nbs/interop/05_pictures.ipynb #c53f8b5f
-def _labelled(where, names, text):
+def _labelled(where, names, data):
     "Rows of EDM's `dataset.json`: every picture has a label there, and every label its picture."
-    try: labels = json.loads(text)['labels']
-    except (ValueError, KeyError, TypeError):
+    try: labels = json.loads(data.decode('utf-8-sig'))['labels']
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{where}: dataset.json without labels; expected EDM's form") from None
     if labels is None: return [(n, where, None) for n in names], None
-    labels = {str(n).replace('\\', '/'):k for n,k in labels}
+    try: labels = {str(n).replace('\\', '/'):k for n,k in labels}
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: dataset.json with {str(labels)[:40]!r}; "
+                         "expected [name, label] for each picture") from None
     lost = sorted(set(labels)-set(names)) or sorted(set(names)-set(labels))
     if lost:
         raise ValueError(f"{where}: {lost[0]} is in {'dataset.json' if lost[0] in labels else 'the pictures'} alone; "
                          "expected one label a picture")
-    bad = next((n for n,k in labels.items() if type(k) is not int or k<0), None)
-    if bad: raise ValueError(f"{where}: label {labels[bad]!r} of {bad}; expected a whole number from 0")
+    bad = next((n for n,k in labels.items() if type(k) is not int or not 0<=k<1<<31), None)
+    if bad: raise ValueError(f"{where}: label {str(labels[bad])[:40]} of {bad}; expected a whole number from 0")
+    _check_class_count(where, max(labels.values())+1)
     classes = tuple(map(str, range(max(labels.values())+1)))
     return [(n, str(labels[n]), None) for n in names], classes
 
@@ -117,8 +125,8 @@ def read_folder(
     pictures = [n for n in names if _is_picture(n)]
     if not pictures:
         raise ValueError(f"{root}: no pictures; expected CLASS/*.png (or {', '.join(x[1:] for x in EXTENSIONS[1:])})")
-    if (root/'dataset.json').is_file(): rows, classes = _labelled(where, pictures,
-                                                                  (root/'dataset.json').read_text(encoding='utf-8-sig'))
+    labelled = root/'dataset.json'
+    if labelled.is_file(): rows, classes = _labelled(where, pictures, labelled.read_bytes())
     else: rows, classes = _arrange(where, pictures), None
     listing = [(n, (root/n).stat().st_size, (root/n).stat().st_mtime_ns) for n in names]
     other = tuple(n for n in names if not _is_picture(n) and n!='dataset.json')
@@ -165,7 +173,7 @@ def read_zip(
     names = [n.removeprefix(prefix) for n in names]
     pictures, read = [n for n in names if _is_picture(n)], _ZipReader(path, path.stat().st_mtime_ns, prefix)
     if not pictures: raise ValueError(f"{path.name}: no pictures; expected CLASS/*.png in the zip")
-    if 'dataset.json' in names: rows, classes = _labelled(stem, pictures, read('dataset.json').decode('utf-8-sig'))
+    if 'dataset.json' in names: rows, classes = _labelled(stem, pictures, read('dataset.json'))
     else: rows, classes = _arrange(stem, pictures), None
     other = tuple(n for n in names if not _is_picture(n) and n!='dataset.json')
     return Source(stem, rows, read, verified_hash(path)[:12], other, classes)
@@ -203,6 +211,7 @@ def read_npz(
         raise ValueError(f"{path.name}: labels {labels.shape} {labels.dtype}; "
                          f"expected {len(images)} whole numbers from 0")
     rows = [(f'image {k}', path.stem if labels is None else str(labels[k]), None) for k in range(len(images))]
+    if labels is not None: _check_class_count(path.name, int(labels.max(initial=0))+1)
     classes = None if labels is None else tuple(map(str, range(int(labels.max(initial=0))+1)))
     return Source(path.stem, rows, _ArrayReader(np.ascontiguousarray(images)), verified_hash(path)[:12], (), classes)
 
@@ -358,8 +367,7 @@ def read_source(
 def _split_rows(source, split):
     "Rows of one split, and the names of all classes."
     classes = source.classes or tuple(sorted({c for _,c,_ in source.rows}))
-    if len(classes)>MAX_CLASSES:
-        raise ValueError(f"{source.name}: {len(classes):,} classes; expected at most {MAX_CLASSES:,}")
+    _check_class_count(source.name, len(classes))
     if len(source.rows)<MIN_PICTURES:
         raise ValueError(f"{source.name}: {len(source.rows)} pictures; expected {MIN_PICTURES} or more")
     rows = [r for r in source.rows if (r[2] or ('test' if held_out(r[0]) else 'train'))==split]
@@ -371,8 +379,9 @@ def _split_rows(source, split):
 # %% ../../nbs/interop/05_pictures.ipynb #d4f43b1e
 def _choose_size(source, size):
     if size is None:
-        im = Image.open(io.BytesIO(source.read(source.rows[0][0])))
-        size = im.size[0] if im.size[0]==im.size[1] and 16<=im.size[0]<=64 else 32
+        try: wide, high = Image.open(io.BytesIO(source.read(source.rows[0][0]))).size
+        except (OSError, ValueError, SyntaxError): wide, high = 0, 0   # decoding names the picture
+        size = wide if wide==high and 16<=wide<=64 else 32
     if type(size) is not int or not 16<=size<=64 or size%2:
         raise ValueError(f"size {size!r}; expected an even number from 16 to 64")
     return size

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..config import DESIGNS, load_scale
 from .runs import collect, publish, read_result, record_hash
-from ..repro import figures_dir, repo_root, runs_dir, write_json
+from ..repro import figures_dir, project_folder, runs_dir, write_json
 
 # %% ../../nbs/lab/06_evidence.ipynb #e345f06d
 MUST_BE_SINGLE = ('scale','data','teacher','samples','guidance','images')  # Conditions that one table may not mix
@@ -160,7 +160,7 @@ def evidence_folders(
     if env := os.environ.get('DITNANO_EVIDENCE'): places.append(Path(env).expanduser())
     else:
         with contextlib.suppress(FileNotFoundError): places.append(figures_dir()/'evidence')
-        with contextlib.suppress(FileNotFoundError): places.append(repo_root()/'paper_figures'/'evidence')
+        with contextlib.suppress(FileNotFoundError): places.append(project_folder('paper_figures/evidence'))
     return list(dict.fromkeys(p.resolve() for p in places))
 
 # %% ../../nbs/lab/06_evidence.ipynb #95157653

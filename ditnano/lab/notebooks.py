@@ -11,6 +11,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from ..config import Scale, load_scale
 from .evidence import evidence_folders
 from .processes import Children, end_with_parent, sigterm_interrupts
 from .runs import read_result, record_hash
-from ..repro import content_hash, figures_dir, file_hash, repo_root, runs_dir, weights_dir, write_json
+from ..repro import content_hash, figures_dir, file_hash, project_root, runs_dir, weights_dir, write_json
 
 # %% ../../nbs/lab/12_notebooks.ipynb #05930761
 def print_line(line): print(line, flush=True)  # a pipe would keep the lines until the end
@@ -114,7 +115,9 @@ def _run_child():
     how = dict(kernel_name=KERNEL, cwd=job['cwd'], progress_bar=job['bar'], config=ipc)
     try:
         with sigterm_interrupts(): papermill.execute_notebook(job['path'], job['out'], job['parameters'], **how)
-    except KeyboardInterrupt: sys.exit(130)
+    except KeyboardInterrupt:
+        if os.getppid()!=job['parent']: shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)   # nobody else will
+        sys.exit(130)
     except papermill.PapermillExecutionError as e:
         report = dict(cell=_cell_number(job,e.cell_index), error=f'{e.ename}: {e.evalue}', trace='\n'.join(e.traceback))
         Path(sys.argv[1]).with_name('report.json').write_text(json.dumps(report))
@@ -173,7 +176,7 @@ def run_notebook(
     given, t0 = check_parameters(path, parameters or {}), time.monotonic()
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     job = dict(path=str(Path(path).resolve()), out=str(Path(out).resolve()), parameters=given,
-               cwd=str(cwd or repo_root()),
+               cwd=str(cwd or project_root()),
                bar=sys.stderr.isatty() if bar is None else bar)
     with tempfile.TemporaryDirectory(prefix='ditnano', dir=_short_tempdir()) as folder:
         rc = _spawn(job, Path(folder), log, every, children or Children())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN_LOSS_FLOPS', 'GPU_RATE', 'GPU_RATE_NOTE', 'TERMS', 'GPU_IMAGES_PER_S', 'CPU_SCALES', 'MAX_SEEDS',
            'measure_rates', 'teacher_flops', 'loss_flops', 'run_cost', 'missing_requirements', 'scale_configs', 'plan',
-           'format_duration', 'summarize_plan', 'gpu_hours', 'name_of', 'planned_rows', 'runs_of', 'relative_cost',
-           'measured_rate', 'deciding_runs']
+           'format_duration', 'summarize_plan', 'gpu_hours', 'job_minutes', 'name_of', 'planned_rows', 'runs_of',
+           'relative_cost', 'measured_rate', 'deciding_runs']
 
 # %% ../../nbs/lab/09_plan.ipynb #f60f6b5a
 import contextlib
@@ -291,6 +291,21 @@ def gpu_hours(
     work = 1e15*sum(r['petaflop'] for r in rows if not r['done'])
     if scale: work += scale.pairs*(2*scale.teacher_steps-1)*teacher_flops(scale.teacher)
     return work/GPU_RATE/3600
+
+# %% ../../nbs/lab/09_plan.ipynb #fb938d5b
+def job_minutes(
+    configs,           # Runs to submit, of `distill_config`
+    scale:Scale,       # How much of everything
+    gpu:bool=False,    # By `GPU_RATE`, not by what this machine reaches
+    device:str='cpu',  # Where this machine is measured
+)->int: # Minutes, 15 or more
+    "Limit of a Slurm job that computes any one of these runs."
+    rates = None if gpu else measure_rates(scale, _widths(configs), device)
+    costs = [run_cost(c, rates) for c in configs]
+    draws = scale.pairs*(2*scale.teacher_steps-1)
+    if gpu: hours = (1e15*max(c['petaflop'] for c in costs)+draws*teacher_flops(scale.teacher))/GPU_RATE/3600
+    else: hours = max(c['hours'] for c in costs)+draws*rates['teacher']/3600
+    return max(15, 10+math.ceil(2*60*hours))
 
 # %% ../../nbs/lab/09_plan.ipynb #b5c393e8
 TERMS = {(1,0,0):'teacher alone', (0,1,0):'assistant alone', (0,1,1):'assistant and features', (1,1,1):'all three'}

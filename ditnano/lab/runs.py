@@ -104,10 +104,10 @@ def read_result(
     again = 'expected what run_once writes; move the folder away to run again'
     if missing := sorted({'key','kind','config','metrics'}-set(record)):
         raise ValueError(f"{path}: no {missing[0]!r}; {again}")
-    if run_key(record['config'])!=record['key']:
-        raise ValueError(f"{path}: its config does not hash to its key {record['key']}; {again}")
-    if 'sha256' in record and record['sha256']!=own_hash(record):
-        raise ValueError(f"{path}: damaged or altered since it was written; {again}")
+    try: key, seal = run_key(record['config']), own_hash(record)
+    except ValueError as e: raise ValueError(f"{path}: damaged or altered ({e}); {again}") from None
+    if key!=record['key']: raise ValueError(f"{path}: its config does not hash to its key {record['key']!r}; {again}")
+    if record.get('sha256', seal)!=seal: raise ValueError(f"{path}: damaged or altered since it was written; {again}")
     return record
 
 def _write_result(folder, record):

@@ -350,7 +350,7 @@ def bare(cwd, tree, *words, **env):
 
 def test_plan_from_an_empty_folder_without_home(tmp_path):
     said = bare(tmp_path, ROOT, 'lease', '--dry-run', '--minutes', '9', DITNANO_COMMIT='0'*40)
-    assert 'preflight' in said and 'DiT (1, 128, 8)' in said and 'images/s of the teacher' in said
+    assert 'preflight' in said and 'DiT (1, 128, 8)' in said and 'images/s of a teacher' in said
     assert not list(tmp_path.iterdir())
 
 
