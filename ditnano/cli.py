@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'Design', 'Seeds', 'Minutes', 'Timed', 'Backend', 'RECIPE_OPTIONS', 'RecipeOptions', 'TRAIN_DEFAULTS',
            'MEASURED_HERE', 'COMMANDS', 'ABOUT', 'OPTIONS', 'parse_ints', 'parse_design', 'UsageError', 'design',
-           'doctor', 'distill', 'teach', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options',
+           'explore', 'doctor', 'distill', 'teach', 'pairs', 'GETOptions', 'DMDOptions', 'TAOptions', 'MI1Options',
            'GETModelOptions', 'train', 'build', 'sample', 'eval', 'export', 'bench', 'sweep', 'paper', 'lease',
            'with_help', 'main']
 
@@ -107,6 +107,22 @@ def design(
         latency = '' if d.latency is None else f'{d.latency:>8.0f} s'
         print(f"{n:<3}{d.depth:>6}{d.width:>6}{d.heads:>6}{d.params:>12,}{latency}")
     for n, d in enumerate(found[:3], 1): print(f"{n}  {d.why}")
+
+# %% ../nbs/50_cli.ipynb #7204ddc4
+def explore(
+    port:int=0,          # Port on this machine; 0 takes a free one
+    browser:bool=True,   # Open the page in the browser
+    out:Path|None=None,  # Write the page to this file instead of serving it
+):
+    """Show the design rules as a page: a budget gives a design, its neighbours and the reasons.
+
+    Example: ditnano explore
+
+    Example: ditnano explore --out explore.html
+    """
+    from ditnano.lab.explore import build_explorer, serve, write_explorer
+    if out: return print(write_explorer(out=out))
+    serve(build_explorer(), port, browser)
 
 # %% ../nbs/50_cli.ipynb #af378f46
 def doctor(
@@ -616,13 +632,15 @@ def paper(
     for stage, notebooks in _stages(scale, _notebooks(only)):
         made += run_notebooks(notebooks, stage, runs=runs or '', out=out or '', force=force)
     skipped, seconds = sum(m['skipped'] for m in made), sum(m['seconds'] for m in made)
-    page = _write_page(out) if any(p.parent.name=='paper' for p in _notebooks(only)) else ''
+    page = _write_pages(out or '') if any(p.parent.name=='paper' for p in _notebooks(only)) else ''
     print(f"{len(made)-skipped} notebooks run, {skipped} unchanged, {seconds:.0f} s; see "
           f"{out or 'paper_figures'}/{page}")
 
-def _write_page(out):
+def _write_pages(out):
+    from ditnano.lab.explore import write_explorer
     from ditnano.lab.report import write_report
-    return write_report(out or '').name
+    write_explorer(out)
+    return write_report(out).name
 
 # %% ../nbs/50_cli.ipynb #30f4db82
 def _notebooks(only):
@@ -654,7 +672,8 @@ def _list_best(runs, out):
     _, found, _ = load_runs('smoke', runs or '', out or '')
     best = {e:best_scale(found, e) for e in EXPERIMENT_FILTERS}
     print(f"computed here: {', '.join(MEASURED_HERE)}; only drawn, from the best that has been run:")
-    print(text_table([{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))} for e, s in best.items()]))
+    rows = [{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))} for e, s in best.items()]
+    print(text_table(rows))
 
 # %% ../nbs/50_cli.ipynb #c569af97
 def _dry_run(scale, root, device, out):
@@ -698,7 +717,8 @@ def lease(
 
 # %% ../nbs/50_cli.ipynb #e9d3408a
 COMMANDS = {f.__name__:f for f in
-            (design, distill, teach, pairs, train, sample, eval, bench, export, sweep, lease, paper, build, doctor)}
+            (design, explore, distill, teach, pairs, train, sample, eval, bench, export, sweep, lease, paper, build,
+             doctor)}
 ABOUT = 'Design, distill, measure and ship tiny one-step diffusion transformers. `--version` prints the version.'
 OPTIONS = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes,
            tyro.conf.DisallowNone)

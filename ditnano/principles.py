@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, TypeVar
 
 from .config import DiTConfig, GETConfig, factors, heads  # noqa: F401 (factors stands beside heads)
@@ -273,7 +273,9 @@ def _requirements(limits, latency_from, folded, model):
     if law is None and 'max_latency' in limits:
         given = f"max_latency with {c.tokens} tokens and mlp_ratio {c.mlp_ratio}"
         raise ValueError(f"{given}: the Jetson law covers 256 and 4.0; expected latency_from, your own rows")
-    return lambda d,w: dict(max_params=count_params(d,w,folded=folded,**model), max_latency=law and law(d,w))
+    @cache
+    def needs(d, w): return dict(max_params=count_params(d,w,folded=folded,**model), max_latency=law and law(d,w))
+    return needs
 
 def _describe_need(need, limits): # "421,068 parameters and 198.7 s", of the budgets that it breaks
     over = [k for k,v in limits.items() if need[k]>v]

@@ -340,7 +340,8 @@ def load_weights(
     from safetensors.torch import load_file
     config, path = read_config(folder), Path(folder).expanduser()/'model.safetensors'
     if not path.is_file(): raise FileNotFoundError(f"{folder}: no {path.name}; expected it beside config.json")
-    config['sha256'] = verified_hash(path, config.get('sha256'))
+    try: config['sha256'] = verified_hash(path, config.get('sha256'))
+    except ValueError as e: raise ValueError(f"{e}, as config.json has it") from None
     try: return config, load_file(path)
     except SafetensorError as e: raise ValueError(f"{path}: cut short or damaged ({e})") from None
 

@@ -23,6 +23,7 @@ from ditnano.repro import (
     data_dir,
     figures_dir,
     library_versions,
+    own_hash,
     read_config,
     read_json,
     runs_dir,
@@ -160,6 +161,8 @@ def _tools():
     gpu = shutil.which('nvidia-smi')
     yield Finding('NVIDIA driver', bool(gpu), gpu or 'PATH', 'training at scale gpu', 'a machine with an NVIDIA GPU')
 
+
+# %% ../../nbs/lab/16_doctor.ipynb #6c2ba1ac
 def _space():
     here = cache_dir()
     at = next(p for p in [here,*here.parents] if p.exists())
@@ -181,7 +184,9 @@ def report()->str: # Text
 def _check_weights(folder): verified_hash(folder/'model.safetensors', read_config(folder).get('sha256'))
 
 def _check_pairs(folder):
-    for shard in read_json(folder/'manifest.json').get('shards', []):
+    path, m = folder/'manifest.json', read_json(folder/'manifest.json')
+    if m.get('sha256', own_hash(m))!=own_hash(m): raise ValueError(f'{path}: damaged or altered; see its sha256')
+    for shard in m.get('shards', []):
         verified_hash(folder/shard['file'], shard['sha256'])
 
 def _check_reference(folder):

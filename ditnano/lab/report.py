@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 from .claims import FAILS, HOLDS, OPEN
 from .evidence import LATENCY_COLUMNS, latency_note, provenance_line
@@ -26,12 +27,12 @@ def render(
     template:str, # File in the folder of templates
     **values,     # What the template names
 )->str: # HTML
-    "A template with its values; the style sheet is `style`."
+    "A template with its values; `source(file)` is a style sheet or script as it stands."
     loader = jinja2.PackageLoader('ditnano.lab', PAGES)
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
                              keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    style = loader.get_source(env, 'style.css')[0]
-    return env.get_template(template).render(style=jinja2.filters.Markup(style), **values)
+    env.globals['source'] = lambda file: Markup(loader.get_source(env, file)[0])
+    return env.get_template(template).render(**values)
 
 # %% ../../nbs/lab/15_report.ipynb #3ed97400
 def load_records(

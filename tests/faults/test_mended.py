@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ditnano import repro
 from ditnano.images import load_images
+from ditnano.lab.doctor import verify
 from ditnano.lab.processes import sigterm_interrupts
 from ditnano.pairs import PairDataset, read_manifest, write_pairs
 from ditnano.repro import atomic, lock
@@ -62,7 +63,9 @@ def test_an_image_cache_with_another_name_in_it_is_refused(tmp_path, monkeypatch
     with safe_open(file, 'pt') as f: assert {'name', 'hash', 'sha256'} == set(f.metadata())
 
 
-def test_a_manifest_that_was_altered_is_refused(tmp_path):
+def test_a_manifest_that_was_altered_is_refused_and_found_by_the_doctor(tmp_path, monkeypatch):
+    for name in ('CACHE', 'RUNS', 'FIGURES'): monkeypatch.setenv(f'DITNANO_{name}', str(tmp_path))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     recipe = {'teacher': {'name': 'none', 'sha256': 'a'*64}, 'image_dtype': 'fp32', 'shape': [1, 4, 4], 'classes': 0}
     shard = {'x': torch.ones(4, 1, 4, 4), 'y': torch.zeros(4, dtype=torch.int64), 'z': torch.ones(4, 1, 4, 4)}
     write_pairs(tmp_path/'p', recipe, {'shard': 4, 'noise': True}, 0, 4, lambda: lambda lo, hi: shard)
@@ -73,6 +76,7 @@ def test_a_manifest_that_was_altered_is_refused(tmp_path):
         assert old in text
         file.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match='manifest.json: damaged or altered'): PairDataset(tmp_path/'p')
+        if '257' not in new: assert [path for path, why, _ in verify() if why] == [tmp_path/'p']
     earlier = {k: v for k, v in json.loads(text).items() if k != 'sha256'}   # as earlier versions wrote it
     file.write_text(json.dumps(earlier))
     assert PairDataset(tmp_path/'p').hash == before and read_manifest(tmp_path/'p') == earlier

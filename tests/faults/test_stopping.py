@@ -71,13 +71,13 @@ def test_a_stopped_sweep_leaves_no_process_and_starts_no_further_run(number, tmp
     process = start(SWEEP, tmp_path/'runs')
     try:
         def trains(): return list(tmp_path.glob('runs/distill-*/history.jsonl'))
-        wait_for(lambda: process.poll() is not None or trains(), 120, 'training')
+        wait_for(lambda: process.poll() is not None or trains(), 300, 'training')
         assert process.poll() is None, process.communicate()
         below = [pid for pid, _ in children(process.pid)]
         assert below
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        wait_for(lambda: not any(map(alive, below)), 40, 'the end of the children')
+        out, err = process.communicate(timeout=300)
+        wait_for(lambda: not any(map(alive, below)), 120, 'the end of the children')
     finally: end(process)
     assert process.returncode != 0
     assert len(list(tmp_path.glob('runs/distill-*'))) == 1
@@ -110,13 +110,13 @@ def test_a_stopped_notebook_leaves_no_kernel(number, tmp_path):
     short = tempfile.mkdtemp()   # a long path would be passed over
     process = start(NOTEBOOK, notebook(tmp_path/'paper', source), tmp_path/'runs', tmp_path/'out', TMPDIR=short)
     try:
-        wait_for(lambda: process.poll() is not None or started.is_file() and started.read_text(), 120, 'the kernel')
+        wait_for(lambda: process.poll() is not None or started.is_file() and started.read_text(), 300, 'the kernel')
         assert process.poll() is None, process.communicate()
         below = [pid for pid, _ in children(process.pid)]
         assert int(started.read_text()) in below
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        wait_for(lambda: not any(map(alive, below)), 40, 'the end of the kernel')
+        out, err = process.communicate(timeout=300)
+        wait_for(lambda: not any(map(alive, below)), 120, 'the end of the kernel')
         assert [name for name in os.listdir(short) if name.startswith('ditnano')] == []
     finally:
         end(process)

@@ -218,7 +218,7 @@ def test_two_trainings_in_one_folder_follow_each_other(tmp_path):
     said = second.stdout.readline()
     assert f'process {first.pid}' in said and 'waiting' in said
     (tmp_path/'go').touch()
-    assert (first.wait(60), second.wait(60)) == (0, 0)
+    assert (first.wait(300), second.wait(300)) == (0, 0)
     lines = (tmp_path/'run'/'history.jsonl').read_text().splitlines()
     assert [json.loads(line)['step'] for line in lines] == [*range(1, 41)]
 
@@ -229,6 +229,6 @@ def test_sigterm_from_outside_saves(tmp_path):
     while not (run/'history.jsonl').exists(): time.sleep(0.05)
     process.terminate()
     (tmp_path/'go').touch()
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == -signal.SIGTERM and 'SIGTERM: stopped at step' in said
     assert f'step {steps_done(run)} of 40' in said and not (run/'.train.lock').exists()

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
-LIMIT = 480  # seconds for one notebook; library chapters are meant to take 20, experiments 60
+LIMIT = 1500  # seconds for one notebook, on a busy machine; library chapters are meant to take 20, experiments 60
 
 RUN = ROOT/'tests'/'run_notebook.py'
 

@@ -74,7 +74,7 @@ def test_served_pages_are_isolated(tmp_path):
     (tmp_path/'b.mjs').write_text('export {}')
     with serve(tmp_path) as url:
         for name,kind in (('a.wasm','application/wasm'), ('b.mjs','text/javascript')):
-            connection = http.client.HTTPConnection(urlparse(url).netloc, timeout=60)
+            connection = http.client.HTTPConnection(urlparse(url).netloc, timeout=300)
             connection.request('GET', f'/{name}')
             answer = connection.getresponse()
             assert answer.status==200 and answer.read()==(tmp_path/name).read_bytes()

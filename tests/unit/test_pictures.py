@@ -113,7 +113,8 @@ def test_rows_without_picture_or_class_are_named(tmp_path):
         return tmp_path/name
     with pytest.raises(ValueError, match='unlabelled: picture 3 has no class'):
         load_images(saved('unlabelled.parquet', files, [0]*3+[-1]+[1]*20))
-    empty = saved('empty.parquet', [None if k in (5,6,7,8) else f for k,f in enumerate(files)], [k%2 for k in range(24)])
+    some = [None if k in (5,6,7,8) else f for k,f in enumerate(files)]
+    empty = saved('empty.parquet', some, [k%2 for k in range(24)])
     with pytest.raises(ValueError, match=r'no picture in column image; expected one in each row'): load_images(empty)
     assert sum(len(load_images(empty, s, skip_damaged=True)) for s in ('train','test')) == 20
 

@@ -20,6 +20,7 @@ from ditnano.repro import file_hash
 from ditnano.unet import SongUNet
 
 PHOTOS = load_sample_images().images
+pytestmark = pytest.mark.xdist_group('product')   # one toy product serves most tests
 
 
 @pytest.fixture(scope='module')
@@ -53,6 +54,7 @@ def made(photos, tmp_path_factory):
     return toy(tmp_path_factory.mktemp('toy')/'product', photos, lines.append), lines
 
 
+@pytest.mark.slow
 def test_toy_product(made, photos):
     out, lines = made
     assert [l.split(':')[0] for l in lines if l[1:3]=='/5'] == [f'{k+1}/5 {s}' for k,s in enumerate(product.STAGES)]
@@ -71,6 +73,7 @@ def test_toy_product(made, photos):
     assert not (out/'work'/'student'/'state.safetensors').exists()
 
 
+@pytest.mark.slow
 def test_a_finished_product_is_not_made_again(made, photos):
     out, _ = made
     before, lines = {p:file_hash(p) for p in out.rglob('*.safetensors')}, []
@@ -188,6 +191,7 @@ def test_folders_that_hold_something_else(photos, tmp_path):
     assert [p.name for p in (tmp_path/'mine').iterdir()] == ['thesis.tex']
 
 
+@pytest.mark.slow
 def test_a_product_of_other_settings_is_not_continued(made, photos):
     for changes, text in ((dict(max_params=40_000), 'made with max_params=30000, asked for max_params=40000'),
                           (dict(size=20), 'made with pictures=photos@16, asked for pictures=photos@20'),
@@ -195,6 +199,7 @@ def test_a_product_of_other_settings_is_not_continued(made, photos):
         with pytest.raises(ValueError, match=text): toy(made[0], photos, **changes)
 
 
+@pytest.mark.slow
 def test_a_missing_tool_skips_its_export_and_the_next_call_makes_it(made, photos, tmp_path, monkeypatch, capsys):
     out, lines = tmp_path/'product', []
     shutil.copytree(made[0], out)
@@ -209,6 +214,7 @@ def test_a_missing_tool_skips_its_export_and_the_next_call_makes_it(made, photos
     assert '`student-fp16.onnx`' in (out/'README.md').read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_a_teacher_without_classes(photos, tmp_path):
     teacher = small_teacher(tmp_path/'teacher', label_dim=0)
     out = toy(tmp_path/'product', photos, teacher=teacher, size=None, exports=())
@@ -223,8 +229,10 @@ def test_presets_by_time_and_pictures():
     assert choose_preset(20e12, 3600, 50_000, 64) != 'cifar10'   # four times the work
 
 
-@pytest.mark.parametrize('preset', product.PRESET_NEEDS)
-@pytest.mark.parametrize('size, channels, classes', [(16,1,1), (24,3,100), (48,3,2), (64,1,10)])
+SHAPES = [(16,1,1), (24,3,100), (48,3,2), (64,1,10)]
+
+
+@pytest.mark.parametrize('preset, size, channels, classes', [(p, *s) for p, s in zip(product.PRESET_NEEDS, SHAPES)])
 def test_teachers_of_every_size(preset, size, channels, classes):
     cfg = product.teacher_config(preset, size, channels, classes)
     assert (cfg.image_size, cfg.channels, cfg.label_dim) == (size, channels, classes)

@@ -382,6 +382,8 @@ def break_function(phase, fault, call, folder):
         left[0] -= 1
         return on_purpose(fault) if left[0] == 0 else work(*args, **kwargs)
     setattr(owner, last, wrapped)
+    home = sys.modules[work.__module__]   # where it was made, if it was only imported here
+    if getattr(home, last, None) is work: setattr(home, last, wrapped)
 
 
 def free_port():
