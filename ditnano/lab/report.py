@@ -18,7 +18,7 @@ from .claims import FAILS, HOLDS, OPEN
 from .evidence import LATENCY_COLUMNS, latency_note, provenance_line
 from .figures import PROOF_LABEL, PROOF_SCALES
 from .runs import collect, read_result
-from ..repro import atomic, content_hash, figures_dir, read_json, repo_root
+from ..repro import atomic, content_hash, figures_dir, project_folder, read_json
 
 # %% ../../nbs/lab/15_report.ipynb #e1805a22
 PAGES = 'page'  # Folder of templates and style sheets, beside this module
@@ -114,7 +114,7 @@ def read_chapter(
     name:str, # Of a table or figure, as table_2 or samples_cpu
 )->tuple: # Its heading, and the text below it
     "What the notebook that draws a table or figure says it is."
-    stems = {p.stem:p for p in (repo_root()/'nbs'/'paper').glob('*.ipynb')}
+    stems = {p.stem:p for p in project_folder('nbs/paper').glob('*.ipynb')}
     stem = next((s for s in (name, name.rpartition('_')[0]) if s in stems), None)
     if stem is None: return name, ''
     cells = read_json(stems[stem])['cells']
