@@ -161,6 +161,8 @@ def _tools():
     gpu = shutil.which('nvidia-smi')
     yield Finding('NVIDIA driver', bool(gpu), gpu or 'PATH', 'training at scale gpu', 'a machine with an NVIDIA GPU')
 
+
+# %% ../../nbs/lab/16_doctor.ipynb #6c2ba1ac
 def _space():
     here = cache_dir()
     at = next(p for p in [here,*here.parents] if p.exists())

@@ -7,8 +7,9 @@ __all__ = ['VIEWS', 'PRESET_NEEDS', 'TEACHER_FILES', 'ENOUGH_IMAGES', 'MAX_REFER
            'MAX_PAIRS', 'EXPORTS', 'BACKENDS', 'CARD', 'HEAD', 'WORK', 'Plan', 'check_output', 'ProgressLines',
            'save_loss_curve', 'fit_in_view', 'teacher_config', 'denoiser_flops', 'choose_preset', 'fastest',
            'plan_teacher', 'teacher_task', 'train_teacher', 'teach', 'student_designs', 'default_loss', 'plan_student',
-           'choose_extractors', 'nearness', 'Product', 'missing_exports', 'run_stage', 'make_teacher', 'draw_pairs',
-           'train_student', 'evaluate_student', 'export_student', 'product_card', 'distill']
+           'choose_extractors', 'extraction_rate', 'nearness', 'Product', 'missing_exports', 'run_stage',
+           'make_teacher', 'draw_pairs', 'train_student', 'evaluate_student', 'export_student', 'product_card',
+           'distill']
 
 # %% ../../nbs/lab/14_product.ipynb #bcff9a22
 import shutil
@@ -40,10 +41,12 @@ from ..latency import frame_time
 # %% ../../nbs/lab/14_product.ipynb #060f3bbd
 from ..losses import BACKBONES, backbone_hash
 from ditnano.metrics import (
+    Extractor,
     available_extractors,
     class_sheet,
     compare_small_sets,
     get_extractor,
+    images_hash,
     loss_backbone,
     metric_label,
     nearest_images,
@@ -371,6 +374,24 @@ def _some(data, count, seed=0):
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return replace(data, images=data.images[chosen], labels=data.labels[chosen])
 
+class _Remembering(Extractor):
+    "An extractor that keeps the features of each set of images."
+    def __call__(self, images):
+        known = self.__dict__.setdefault('known', {})
+        if (key := images_hash(images)) not in known: known[key] = super().__call__(images)
+        return known[key]
+
+def extraction_rate(
+    extractor, # An extractor
+    images,    # Some (N, C, R, R)
+    count:int=16, # Timed
+)->float: # Images/s
+    "How fast features are computed here."
+    extractor(images[:2])
+    start = time.monotonic()
+    extractor(images[:count])
+    return count/max(time.monotonic()-start, 1e-9)
+
 def nearness(
     images,    # Samples, uint8 (N, C, R, R)
     held_out,  # Real pictures that the training has not seen (M, C, R, R)
@@ -537,18 +558,19 @@ def evaluate_student(
 )->dict: # samples, numbers, extractors, nearness
     "Sheets and numbers of the student, in `samples.png`, `nearest.png` and the plan."
     model, names = p.student(), choose_extractors(p.data.name, p.plan.stage('student')['loss'])
-    count = int(min(MAX_SAMPLES, max(40, 10*seconds)))
-    real = _some(p.data, min(MAX_REFERENCE, 10*count))
+    extractors = [_Remembering(**vars(get_extractor(name, p.device))) for name in names]
+    rate = min(extraction_rate(e, p.data.images) for e in extractors)
+    count = int(min(MAX_SAMPLES, max(40, rate*seconds/len(names)/8)))   # with five times as many real ones
+    real = _some(p.data, min(MAX_REFERENCE, 5*count))
     seeds = range(EVAL_SEED, EVAL_SEED+count)
     images = sample(model, seeds, guidance=p.guidance, device=p.device)
     _sheet(p, model, 10, p.out/'samples.png')
-    first = get_extractor(names[0], p.device)
-    sheet = nearest_sheet(images, real, first, scale=2)
+    sheet = nearest_sheet(images, real, extractors[0], scale=2)
     with atomic(p.out/'nearest.png') as tmp: sheet.save(tmp, format='PNG')
     numbers = {}
-    for name in names: numbers |= compare_small_sets(images, real, get_extractor(name, p.device), draws=3)
+    for e in extractors: numbers |= compare_small_sets(images, real, e, draws=3)
     held_out = _held_out(p)
-    near = nearness(images[:200], held_out.images, real, first) if held_out else None
+    near = nearness(images[:200], held_out.images, real, extractors[0]) if held_out else None
     model.save_pretrained(p.out/'student', _student_card(p, metrics=_distances(numbers), samples=count))
     return {'samples':count, 'compared':len(real), 'extractors':names, 'numbers':numbers, 'nearness':near}
 

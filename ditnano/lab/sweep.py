@@ -161,6 +161,8 @@ def slurm_settings(
         settings[name] = _setting(value)
     return settings
 
+
+# %% ../../nbs/lab/04_sweep.ipynb #0c9ee4b3
 class _SlurmRun:
     "One run as a job that Slurm may queue again."
     def __call__(self, *run): return _run_one(*run)
