@@ -672,8 +672,8 @@ def _list_best(runs, out):
     _, found, _ = load_runs('smoke', runs or '', out or '')
     best = {e:best_scale(found, e) for e in EXPERIMENT_FILTERS}
     print(f"computed here: {', '.join(MEASURED_HERE)}; only drawn, from the best that has been run:")
-    print(text_table([{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))}
-                      for e, s in best.items()]))
+    rows = [{'experiment':e, 'best scale':s, 'runs there':len(rows_of(found, e, s))} for e, s in best.items()]
+    print(text_table(rows))
 
 # %% ../nbs/50_cli.ipynb #c569af97
 def _dry_run(scale, root, device, out):

@@ -242,7 +242,8 @@ def build_explorer(
     drawn = charts(found['designs'], paper, measured, names)
     found['axes'] = {c['id']:{a:{k:v for k,v in c[a].items() if k!='ticks'} for a in 'xy'} for c in drawn}
     errors = jetson_law().leave_one_out_errors()
-    law = (f"The law of seconds is fitted to the shapes of Table 6 ({frame(6).attrs['hardware'].partition(' (')[0]}); on a "
+    board = frame(6).attrs['hardware'].partition(' (')[0]
+    law = (f"The law of seconds is fitted to the shapes of Table 6 ({board}); on a "
            f"shape that it has not seen it is {100*sum(map(abs, errors))/len(errors):.1f}% off on average.")
     return render('explore.html', table=found, charts=drawn, marks=MARKS, paper=paper, measured=measured,
                   seconds=names[0], metric=names[1], stamp=stamp, law=law,

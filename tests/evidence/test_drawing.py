@@ -21,6 +21,9 @@ def test_a_table_is_drawn_into_a_new_folder(programs, tmp_path):
         assert done.returncode == 0, done.stdout+done.stderr
     for made in ('new/table_1.csv', 'other/table_4.csv'):
         assert (tmp_path/made).read_text() == (ROOT/'paper_figures'/Path(made).name).read_text()
+        page = (tmp_path/made).with_name('index.html').read_text()
+        assert f'id="{Path(made).stem}"' in page and 'href="explore.html"' in page
+        assert (tmp_path/made).with_name('explore.html').is_file()
 
 
 def made_up(root, share):
