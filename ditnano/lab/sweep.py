@@ -161,7 +161,6 @@ def slurm_settings(
         settings[name] = _setting(value)
     return settings
 
-
 # %% ../../nbs/lab/04_sweep.ipynb #0c9ee4b3
 class _SlurmRun:
     "One run as a job that Slurm may queue again."
@@ -189,7 +188,12 @@ def _submit(configs, root, scale, device, minutes, job_minutes=None, cluster=Non
     limit, left = minutes, minutes-_shutdown_margin(minutes)/60
     if minutes==math.inf: limit, left = job_minutes(configs) if job_minutes else SLURM_MINUTES, None
     executor = _make_executor(root, f'ditnano-{scale}', limit, cluster, parameters)
-    with executor.batch(): return [executor.submit(_SlurmRun(), c, str(root), scale, device, left) for c in configs]
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    try:
+        with executor.batch(): return [executor.submit(_SlurmRun(), c, str(root), scale, device, left) for c in configs]
+    except (FailedJobError, FailedSubmissionError) as e:
+        said = [line.strip() for line in str(e).splitlines() if 'error' in line]
+        raise RuntimeError(f"slurm: not submitted ({'; '.join(dict.fromkeys(said)) or type(e).__name__})") from None
 
 
 # %% ../../nbs/lab/04_sweep.ipynb #e11b22d9
@@ -203,7 +207,7 @@ def _in_queue(job):
     return bool(found.stdout.strip())
 
 def _await_job(job, debug=False):
-    "The outcome of a job; one that left the queue without a result, as after scancel, is an error."
+    "The outcome of a job; one that left the queue without a result, as when its node dies, is an error."
     gone = None
     while not (debug or job.paths.result_pickle.is_file()):   # job.done() asks sacct, which not every cluster has
         if _in_queue(job): gone = None

@@ -1,10 +1,12 @@
 "A sweep on a real Slurm of one node, started here: time limits, settings, a job queued again, a job that is cancelled."
+import contextlib
 import getpass
 import json
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -116,6 +118,18 @@ def tiny(images=64):
                  precision='fp32', experiments={'heads': {'heads': [1, 2]}})
 
 
+def pids_of_task(root, number):
+    "Processes that compute one task of the array of jobs that was submitted from a folder of runs."
+    found = []
+    for process in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            command, env = (process/'cmdline').read_bytes(), (process/'environ').read_bytes().split(b'\0')
+            mine = b'submitit.core._submit' in command and str(root).encode() in command and b'srun' not in command
+            if mine and f'SLURM_ARRAY_TASK_ID={number}'.encode() in env: found.append(int(process.name))
+    assert found
+    return found
+
+
 def job_fields(job):
     "What Slurm knows about a job, finished ones included."
     return dict(re.findall(r'(\w+)=(\S*)', ask('scontrol', 'show', 'job', str(job))))
@@ -164,23 +178,27 @@ def test_without_minutes_the_plan_gives_the_limit_and_a_signalled_job_is_queued_
     assert steps == sorted(set(steps)) and steps[-1] == 400 and int(stopped[1]) > 0
 
 
-def test_a_cancelled_job_and_a_failing_one_are_named(slurm, tmp_path, monkeypatch):
+def test_jobs_that_are_cancelled_killed_or_wrong_are_named(slurm, tmp_path, monkeypatch):
+    "scancel lets a job save its checkpoint; a killed one, as by a node that dies, leaves no result."
     monkeypatch.setattr(sweeping, 'SLURM_PATIENCE_S', 2.)
-    long, bad = distill_config(tiny(16*10**6), (1, 32, 4)), distill_config(tiny(), (1, 32, 4)) | {'recipe': 'gan'}
-    error = []
+    first, second = (distill_config(tiny(16*10**6), (1, 32, heads)) for heads in (4, 8))
+    bad, error, lines = distill_config(tiny(), (1, 32, 4)) | {'recipe': 'gan'}, [], []
     def work():
-        try: sweeping.sweep([long, bad], tmp_path, 'tiny', 'slurm', minutes=60, device='cpu', log=lambda line: None)
+        try: sweeping.sweep([first, second, bad], tmp_path, 'tiny', 'slurm', minutes=60, device='cpu', log=lines.append)
         except RuntimeError as e: error.append(str(e))
     thread = threading.Thread(target=work)
     thread.start()
-    folder = Run(tmp_path, 'distill', long).folder
-    wait_for((folder/'history.jsonl').is_file, 600, 'training')
-    job = next(line for line in ask('squeue', '-h', '-o', '%i').split() if line.endswith('_0'))
-    ask('scancel', '--signal=KILL', job)   # at once, as a node that dies
+    folders = [Run(tmp_path, 'distill', c).folder for c in (first, second)]
+    wait_for(lambda: all((f/'history.jsonl').is_file() for f in folders), 600, 'training')
+    job = next(line.partition('_')[0] for line in ask('squeue', '-h', '-o', '%i').split())
+    ask('scancel', f'{job}_0')
+    for pid in pids_of_task(tmp_path, 1): os.kill(pid, signal.SIGKILL)
     thread.join(600)
     assert len(error) == 1 and '\n' not in error[0]
-    assert re.search(rf'{folder.name}: RuntimeError: Slurm job {job}', error[0])
-    assert "recipe 'gan'; expected one of get" in error[0]
+    assert f'{folders[1].name}: RuntimeError: Slurm job {job}_1 ended without a result' in error[0]
+    assert f"Slurm job {job}_2: ValueError: recipe 'gan'; expected one of get" in error[0]
+    assert folders[0].name not in error[0] and (folders[0]/'state.safetensors').is_file()
+    assert any(line.startswith('1 of 3') and 'resumes at the next call' in line for line in lines)
 
 
 def test_a_stopped_sweep_cancels_its_jobs_which_save(slurm, tmp_path):
