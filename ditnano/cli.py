@@ -759,15 +759,16 @@ def _run(words):
 @contextlib.contextmanager
 def _terminate_as_interrupt():
     "SIGTERM raises KeyboardInterrupt, as Ctrl-C does; yields the list of signals that came."
-    came = []
+    came, before = [], {}
     def stop(number, frame):
         came.append(number)
         raise KeyboardInterrupt
-    try: before = signal.signal(signal.SIGTERM, stop)
-    except ValueError: before = None   # not in the main thread: whoever owns it decides
+    with contextlib.suppress(ValueError):   # not in the main thread: whoever owns it decides
+        for s in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(s) not in (signal.SIG_IGN, None): before[s] = signal.signal(s, stop)
     try: yield came
     finally:
-        if before is not None: signal.signal(signal.SIGTERM, before)
+        for s,handler in before.items(): signal.signal(s, handler)
 
 def _print_error(text):
     "A line of its own, below the progress bars."
@@ -790,13 +791,13 @@ def main(
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # before torch loads: waiting threads leave the cores
     with _terminate_as_interrupt() as signals:
         try: _run(args)
-        except KeyboardInterrupt:
-            _print_error('stopped; what was finished is kept, and the same command resumes')
-            sys.exit(128+(signals or [signal.SIGINT])[0])
         except BrokenPipeError:  # the reader of our output has gone, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except Exception as e:
+        except (KeyboardInterrupt, Exception) as e:
+            if signals or isinstance(e, KeyboardInterrupt):   # compiled modules turn it into errors of their own
+                _print_error('stopped; what was finished is kept, and the same command resumes')
+                sys.exit(128+(signals or [signal.SIGINT])[0])
             if not isinstance(e, _user_errors()): raise
             _print_error(' '.join(str(e).split('\n')))
             sys.exit(2)

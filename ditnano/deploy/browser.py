@@ -61,11 +61,13 @@ def ort_web(
     "onnxruntime-web in the cache folder."
     folder = cache_dir()/'npm'/ORT_WEB
     if (folder/'package.json').is_file(): return folder
-    if not fetch: raise FileNotFoundError(f"{ORT_WEB}: not in the cache; ditnano bench web --fetch gets it by npm (33 MB)")
+    if not fetch:
+        raise FileNotFoundError(f"{ORT_WEB}: not in the cache; ditnano bench web --fetch gets it by npm (33 MB)")
     if not (npm := shutil.which('npm')): raise RuntimeError(f"{ORT_WEB}: npm is not installed; apt install npm")
     with tempfile.TemporaryDirectory() as tmp:
         done = subprocess.run([npm,'pack','--silent',ORT_WEB], cwd=tmp, capture_output=True, text=True)
-        if done.returncode: raise RuntimeError(f"{ORT_WEB}: npm pack: {(done.stderr.strip() or 'failed').splitlines()[0]}")
+        if done.returncode:
+            raise RuntimeError(f"{ORT_WEB}: npm pack: {(done.stderr.strip() or 'failed').splitlines()[0]}")
         _unpack(next(Path(tmp).glob('*.tgz')), folder)
     return folder
 

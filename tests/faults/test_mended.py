@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ditnano import repro
+from ditnano import cli, repro
 from ditnano.images import load_images
 from ditnano.lab.doctor import verify
 from ditnano.lab.processes import sigterm_interrupts
@@ -129,3 +129,15 @@ def test_a_killed_decoding_of_pictures_leaves_no_file(tmp_path, monkeypatch):
     assert [p for p in (tmp_path/'cache'/'images').iterdir() if '.raw' in p.name]
     assert len(load_images(tmp_path/'photos')) >= 2
     assert [p.name[:9] for p in (tmp_path/'cache'/'images').iterdir()] == ['pictures-']
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_a_compiled_module_turns_into_an_error_is_a_stop(number, monkeypatch, capsys):
+    "As onnxruntime does when the signal comes while it is imported."
+    def design(**options):
+        try: signal.raise_signal(number)
+        except KeyboardInterrupt: raise ImportError('initialization failed') from None
+    monkeypatch.setitem(cli.COMMANDS, 'design', design)
+    monkeypatch.setattr(cli, 'with_help', lambda command: command)
+    with pytest.raises(SystemExit) as e: cli.main(['design'])
+    assert e.value.code == 128+number and 'ditnano: stopped' in capsys.readouterr().err

@@ -50,8 +50,10 @@ class Command:
 def warm_up():
     "Import once what every command needs, and make checkpoints frequent and shards small."
     for name in WARM: importlib.import_module(name)
-    from ditnano import pairs, repro, train
+    from ditnano import cli, pairs, repro, train
     for name in ('torchvision', 'torch_fidelity'): repro.import_guarded(name)
+    for command in cli.COMMANDS.values(): cli.with_help(command)
+    cli.with_help = lambda command: command   # once is enough
     train.fit = functools.partial(train.fit, save_every=0.02, log_every=2)
     pairs.make_pairs = functools.partial(pairs.make_pairs, shard=2, batch=2)
 
