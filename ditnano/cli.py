@@ -342,6 +342,7 @@ def build(
     from ditnano.lab.execute import TimeLimitReached
     try: made = build_shipped(name, device, minutes=_minutes_left(minutes))
     except TimeLimitReached as e: return print(f'{name}: {e}')
+    if int(os.environ.get('RANK') or 0): return   # of several processes the first reports
     print(made or f'{name}: stopped in time; the same command resumes it')
 
 # %% ../nbs/50_cli.ipynb #b5230ad8
