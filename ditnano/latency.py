@@ -432,5 +432,6 @@ def bench_sampling(
             rows.append({'design':cfg.to_dict(), 'backend':backend, 'precision':precision, 'batch':batch,
                          'guidance':guidance, 'rounds':rounds, **ms, 'seconds_50k':ms['p50_ms']*50/batch, 'times':times,
                          'low':low, 'high':high, 'error':float(off.norm()/want.norm()),
-                         'max_error':float(off.abs().max()/want.abs().max())})
+                         'max_error':float(off.abs().max()/want.abs().max()),
+                         'recorded':steps[backend,precision].func.recorded()})
     return rows

@@ -498,7 +498,7 @@ def to_device(
     device:"torch.device", # Where it is wanted
 )->"torch.Tensor": # The same tensor if it is there
     "A tensor on a device; the way to a GPU leads through pinned memory, so that the program does not wait for it."
-    if device.type=='cuda' and x.device.type=='cpu': return x.pin_memory().to(device, non_blocking=True)
+    if str(device).startswith('cuda') and x.device.type=='cpu': return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 # %% ../nbs/00_repro.ipynb #dc56e7a3

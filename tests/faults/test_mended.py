@@ -76,7 +76,7 @@ def test_a_manifest_that_was_altered_is_refused_and_found_by_the_doctor(tmp_path
         assert old in text
         file.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match='manifest.json: damaged or altered'): PairDataset(tmp_path/'p')
-        if '257' not in new: assert [path for path, why, _ in verify() if why] == [tmp_path/'p']
+        if '257' not in new: assert {path for path, why, _ in verify() if why} == {tmp_path/'p'}
     earlier = {k: v for k, v in json.loads(text).items() if k != 'sha256'}   # as earlier versions wrote it
     file.write_text(json.dumps(earlier))
     assert PairDataset(tmp_path/'p').hash == before and read_manifest(tmp_path/'p') == earlier

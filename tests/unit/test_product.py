@@ -124,7 +124,7 @@ saved = []
 def save(*given):
     out = save_state(*given)
     saved.append(out)
-    if len(saved) == 2: os.kill(os.getpid(), signal.SIGKILL)
+    if len(saved) == 1: os.kill(os.getpid(), signal.SIGKILL)
     return out
 train.save_state = save
 product.teach(sys.argv[1], sys.argv[2], size=16, minutes=0.02, device='cpu')
@@ -133,14 +133,13 @@ product.teach(sys.argv[1], sys.argv[2], size=16, minutes=0.02, device='cpu')
 
 @pytest.mark.slow
 def test_teach_resumes_after_a_real_kill(made, photos, tmp_path):
-    "Killed right after a checkpoint in the middle; then resumed, and equal to the teacher that was not killed."
+    "Killed right after its first checkpoint; then resumed, and equal to the teacher that was not killed."
     out, whole = tmp_path/'teacher', made[0]/'teacher'
     out.mkdir()
     shutil.copyfile(whole/'plan.json', out/'plan.json')
     done = subprocess.run([sys.executable, '-c', SCRIPT, str(photos), str(out)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (out/'state.safetensors').is_file() and (out/'samples.png').is_file()
-    assert not (out/'model.safetensors').exists()
+    assert (out/'state.safetensors').is_file() and not (out/'model.safetensors').exists()
     teach(photos, out, size=16, minutes=0.02, device='cpu', log=lambda line: None)
     assert file_hash(out/'model.safetensors') == file_hash(whole/'model.safetensors')
     assert not (out/'state.safetensors').exists()
