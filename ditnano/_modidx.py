@@ -47,6 +47,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'ditnano.cli._student_config': ('cli.html#_student_config', 'ditnano/cli.py'),
                              'ditnano.cli._summarized': ('cli.html#_summarized', 'ditnano/cli.py'),
                              'ditnano.cli._terminate_as_interrupt': ('cli.html#_terminate_as_interrupt', 'ditnano/cli.py'),
+                             'ditnano.cli._training_data': ('cli.html#_training_data', 'ditnano/cli.py'),
                              'ditnano.cli._training_loss': ('cli.html#_training_loss', 'ditnano/cli.py'),
                              'ditnano.cli._typed': ('cli.html#_typed', 'ditnano/cli.py'),
                              'ditnano.cli._user_errors': ('cli.html#_user_errors', 'ditnano/cli.py'),

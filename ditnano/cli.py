@@ -385,12 +385,12 @@ def sample(
 # %% ../nbs/50_cli.ipynb #d81e662e
 def eval(
     weights:str='nano-digits',   # Shipped student, or a folder
-    data:str='digits32',         # Reference images: digits32, cifar10, or a folder, archive or hf:OWNER/NAME
+    data:str|None=None, # Real images: digits32, cifar10, a folder, archive or hf:OWNER/NAME; default those of its teacher
     size:int|None=None,          # Their side in pixels; default as they are
     channels:Literal[1,3]=3,     # Their channels; 1 is grey
     skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
     columns:str|None=None,       # Of a data set, as in image,label; default by their types
-    extractors:str='digitsnet',  # Feature extractors, as in cifarnet,squeezenet; inception gives FID and IS
+    extractors:str|None=None, # As in cifarnet,squeezenet; inception gives FID and IS; default digitsnet or cifarnet
     samples:int=1000,            # Images compared; 50000 is usual for an FID
     guidance:float=1.5,          # Classifier-free guidance; 1 is off
     out:Path|None=None,     # JSON file for numbers and evaluation card
@@ -405,7 +405,10 @@ def eval(
     from ditnano.metrics import SMALL_SET, card, compare_small_sets, evaluate, metric_label, reference_set
     from ditnano.sampling import sample, sample_labels
     options = _image_options(size, channels, skip_damaged, columns)
-    model, reference, names = load_model(weights), reference_set(data, **options), extractors.split(',')
+    model = load_model(weights)
+    data = data or _training_data(model)
+    names = extractors.split(',') if extractors else ['digitsnet' if data.startswith('digits') else 'cifarnet']
+    reference = reference_set(data, **options)
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
     images, labels = sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg)
     numbers = evaluate(images, labels, reference, names, loss=loss, device=device)
@@ -420,6 +423,9 @@ def _image_options(size, channels, skip_damaged, columns):
     "Options of `load_images` that differ from its own."
     if (size, channels, skip_damaged, columns)==(None, 3, False, None): return {}
     return {'size':size, 'channels':channels, 'skip_damaged':skip_damaged, 'columns':columns, 'log':print}
+
+def _training_data(model):
+    return ((model.card or {}).get('config') or {}).get('data', {}).get('name', 'digits32')
 
 def _training_loss(model):
     known = model.card or {}

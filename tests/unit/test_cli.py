@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditnano import cli
+from ditnano.dit import shipped_students
 
 
 def python(program, *words, **options):
@@ -186,3 +187,9 @@ def test_a_student_has_the_size_of_its_pairs(tmp_path, capsys):
     assert (cfg.image_size, cfg.channels, cfg.classes, cfg.patch) == (16, 3, 10, 4)
     with pytest.raises(SystemExit): cli.main([*command, '--patch', '5', '--out', str(tmp_path/'bad')])
     assert 'patch' in capsys.readouterr().err and not (tmp_path/'bad').exists()
+
+
+def test_a_student_is_compared_with_the_images_of_its_teacher(capsys):
+    if 'nano-cifar16' not in shipped_students(): pytest.skip('nano-cifar16 is not in this package')
+    cli.main(['eval', '--weights', 'nano-cifar16', '--samples', '20'])
+    assert 'FD-cifarnet' in capsys.readouterr().out
