@@ -36,14 +36,13 @@ from ditnano.repro import (
     file_hash,
     lock,
     noise_and_labels,
-    own_hash,
     parse_seeds,
     pick_device,
-    read_json,
+    read_hashed_json,
     state_hash,
     verified_hash,
     weights_dir,
-    write_json,
+    write_hashed_json,
 )
 
 # %% ../nbs/24_pairs.ipynb #1de8d5b1
@@ -171,7 +170,6 @@ def _write_shard(out, tensors, lo, hi, **facts):
 # %% ../nbs/24_pairs.ipynb #2413f478
 _ENTRIES = {'recipe','layout','seeds','shards'}
 
-def _write_manifest(out, m): write_json(out/'manifest.json', m | {'sha256':own_hash(m)})
 
 def _are_ints(v, count, low, high=2**63):
     return isinstance(v, list) and len(v)==count and all(type(k) is int and low<=k<high for k in v)
@@ -195,10 +193,7 @@ def read_manifest(
     path = Path(folder)/'manifest.json'
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no manifest.json; expected a folder made by make_pairs or import_get_pairs")
-    m = read_json(path)
-    own, whole = m.pop('sha256', None), False   # manifests of earlier versions have none
-    if not set(m)<=_ENTRIES or own not in (None, own_hash(m)):
-        raise ValueError(f"{path}: damaged or altered; expected the entries that hash to its sha256")
+    m, whole = read_hashed_json(path, _ENTRIES), False
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError): whole = _is_manifest(m)
     if not whole: raise ValueError(f"{path}: not a manifest of pairs; expected what make_pairs writes")
     return m
@@ -285,12 +280,12 @@ def write_pairs(
         m = _open_manifest(out, recipe, layout, a, b)
         here = [s for s in m['shards'] if (out/s['file']).is_file() and (out/s['file']).stat().st_size==s['bytes']]
         todo = _missing(here, *m['seeds'], layout['shard'])
-        _write_manifest(out, m | {'shards':here})
+        write_hashed_json(out/'manifest.json', m | {'shards':here})
         make = ready() if todo else None
         for i,(lo,hi) in enumerate(todo):
             start = time.perf_counter()
             here = sorted([*here, _write_shard(out, make(lo, hi), lo, hi, **facts)], key=lambda s:s['seeds'])
-            _write_manifest(out, m | {'shards':here})
+            write_hashed_json(out/'manifest.json', m | {'shards':here})
             rate, where = (hi-lo)/(time.perf_counter()-start), f" on {facts['device']}" if 'device' in facts else ''
             if log: log(f"shard {i+1} of {len(todo)}: {_position_word(recipe)} {lo}-{hi-1}, {rate:.1f} images/s{where}")
     return out

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'parse_seeds',
            'content_hash', 'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json',
-           'own_hash', 'is_system_file', 'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock',
-           'cache_dir', 'data_dir', 'weights_dir', 'torch_home', 'repo_root', 'project_folder', 'project_root',
-           'runs_dir', 'figures_dir', 'list_models', 'pick_device', 'to_device', 'exact_convolutions', 'import_guarded',
-           'library_versions', 'code_version', 'fingerprint']
+           'own_hash', 'write_hashed_json', 'read_hashed_json', 'is_system_file', 'save_weights', 'verified_hash',
+           'read_config', 'load_weights', 'lock', 'cache_dir', 'data_dir', 'weights_dir', 'torch_home', 'repo_root',
+           'project_folder', 'project_root', 'runs_dir', 'figures_dir', 'list_models', 'pick_device', 'to_device',
+           'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib
@@ -259,6 +259,26 @@ def own_hash(
 )->str: # SHA-256, 64 hexadecimal digits
     "Hash of all entries but `sha256`, which a file carries to be compared when it is read."
     return content_hash({k:v for k,v in entries.items() if k!='sha256'}, 64)
+
+
+# %% ../nbs/00_repro.ipynb #8c076737
+def write_hashed_json(
+    path:str|os.PathLike[str], # The file to write
+    entries:dict[str,Any],     # What to write
+):
+    "Save a JSON object with its own hash."
+    write_json(path, entries | {'sha256':own_hash(entries)})
+
+def read_hashed_json(
+    path:str|os.PathLike[str], # A file of `write_hashed_json`; those of earlier versions have no hash
+    names:set[str],            # Of the entries that it may have
+)->dict[str,Any]: # Without the hash
+    "Read a JSON object and compare its own hash."
+    found, whole = read_json(path), False
+    own = found.pop('sha256', None)
+    with contextlib.suppress(ValueError): whole = set(found)<=names and own in (None, own_hash(found))
+    if not whole: raise ValueError(f"{path}: damaged or altered; expected the entries that hash to its sha256")
+    return found
 
 def is_system_file(
     name:str, # A file's name
