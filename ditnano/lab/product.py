@@ -85,7 +85,7 @@ def read_plan(
 class Plan:
     "What a folder is made of, and how far it has come: `plan.json`."
     def __init__(self,
-        folder,        # Where the product grows; made with the first note
+        folder,        # Where the product grows; made when the plan is saved
         settings:dict, # What decides it
     ):
         self.folder, self.file = Path(folder), Path(folder)/'plan.json'
@@ -104,8 +104,12 @@ class Plan:
     def note(self, name:str, **facts)->dict:
         "Keep facts of a stage; all that is known of it."
         self.content['stages'][name] = self.stage(name) | facts
-        write_hashed_json(self.file, self.content)
+        self.save()
         return self.stage(name)
+
+    def save(self):
+        "Write the file."
+        write_hashed_json(self.file, self.content)
 
 def check_output(
     folder, # Where a product shall grow
@@ -823,6 +827,7 @@ def distill(
     p.unseen = _unseen(images, data.images.shape[-1], options)
     with lock(out/'.lock', 0, f'product {out.name}'):
         p.plan = Plan(out, p.plan.content['settings'])   # as it is now that nobody else writes it
+        p.plan.save()   # before the first stage, which may be stopped
         for stage in p.stages: run_stage(p, stage, WORK[stage])
         p.teacher(), p.student()   # what was finished before may have been damaged since; it is refused by name
         page = product_card(p)

@@ -118,6 +118,19 @@ def test_a_plan_is_read_or_named(tmp_path):
         with pytest.raises(ValueError, match='plan.json: '): Plan(tmp_path, {'seed':0})
 
 
+@pytest.mark.slow
+def test_a_product_whose_teacher_is_half_trained_is_resumed(photos, tmp_path, monkeypatch):
+    "The plan is on the disk before the first stage."
+    class Stopped(BaseException): pass
+    def stop(*given): raise Stopped
+    with monkeypatch.context() as patch:
+        patch.setattr(product, 'save_loss_curve', stop)
+        with pytest.raises(Stopped): toy(tmp_path/'product', photos)
+    assert (tmp_path/'product'/'teacher'/'state.safetensors').is_file()
+    toy(tmp_path/'product', photos, exports=())
+    assert (tmp_path/'product'/'README.md').is_file()
+
+
 class Killed(BaseException):
     "Ends a run as a kill would: nothing in the project catches it."
 

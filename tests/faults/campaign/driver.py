@@ -109,7 +109,9 @@ def _child(folder, command, env, inside):
         if command.program: return run_program(command)
         cli.main(shlex.split(command.words))
         return 0
-    except SystemExit as e: return e.code if isinstance(e.code, int) else int(e.code is not None)
+    except SystemExit as e:
+        if isinstance(e.code, str): print(e.code, file=sys.stderr)
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
     except KeyboardInterrupt: return 130   # before the command had its own handler
     except BaseException:
         traceback.print_exc()

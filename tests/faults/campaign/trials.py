@@ -233,7 +233,7 @@ SLOW_FILES = ('pack', 'compiled code', 'hash of compiled code', 'assistant', 'ma
               *(f'{part} of a bundle' for part in ('card', 'graph', 'arrays', 'programs')), 'half a teacher',
               *(f'{part} of a product' for part in ('pictures', 'teacher', 'pairs', 'student', 'exports')),
               'plan of a teacher')   # none in the small campaign
-MANY = 10   # Trials of each kind of damage in the whole campaign
+MANY, FEWER = 10, 5   # Trials of each kind of damage in the whole campaign; of what a product or a bundle consists of
 
 
 def somewhere(data, rng):
@@ -498,7 +498,8 @@ def damage_trials(whole):
     for what in FILES:
         for how in DAMAGE:
             few = int(what not in SLOW_FILES and (what not in ONCE or how == 'flip'))
-            yield from _repeat(f'{how} {what}', (few, MANY)[whole], partial(damage, what, how))
+            many = FEWER if COMMANDS[FILES[what][2]].words == _DISTILL or FILES[what][2] == 'measure' else MANY
+            yield from _repeat(f'{how} {what}', many if whole else few, partial(damage, what, how))
     for name in LOCKED:
         for content in ('empty', 'cut', 'foreign'):
             few = name == 'pairs'
