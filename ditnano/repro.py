@@ -328,14 +328,16 @@ _verified:dict[tuple[Any,...],str] = {}
 
 def verified_hash(
     path:str|os.PathLike[str], # A file
-    sha256:str|None=None,      # What its content must hash to; None only computes it
-)->str: # SHA-256, 64 hexadecimal digits
+    expected:str|None=None,    # What its content must hash to; None only computes it
+    hash:Callable[[str|os.PathLike[str]],str]=file_hash, # Another checksum, as `pairs.file_checksum`
+)->str: # SHA-256, 64 hexadecimal digits, or the other checksum
     "Check a file's content against its hash, once per process while the file stays as it is."
     s = os.stat(path)
-    key = str(Path(path).resolve()), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-    if key not in _verified: _verified[key] = file_hash(path)
-    if sha256 and _verified[key]!=sha256:
-        raise ValueError(f"{path}: damaged or altered; its SHA-256 is {_verified[key][:12]}, expected {sha256[:12]}")
+    key = hash, str(Path(path).resolve()), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+    if key not in _verified: _verified[key] = hash(path)
+    if expected and _verified[key]!=expected:
+        name = 'SHA-256' if hash is file_hash else 'checksum'
+        raise ValueError(f"{path}: damaged or altered; its {name} is {_verified[key][:12]}, expected {expected[:12]}")
     return _verified[key]
 
 def read_config(

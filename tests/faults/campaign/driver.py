@@ -234,6 +234,15 @@ def _plan(data):
     return json.dumps([found['settings'], found['stages']]).encode()
 
 
+def _config(data):
+    "Without the seconds that a teacher's training took, and without the hash of them."
+    found = json.loads(data)
+    if 'seconds' not in (found.get('card') or {}): return data
+    found['card'].pop('seconds')
+    found.pop('config_sha256')
+    return json.dumps(found).encode()
+
+
 def _measured(data):
     found = json.loads(data)
     return json.dumps([found['bundle'], found['parity']]).encode()
@@ -260,7 +269,7 @@ def _packed(path):
 
 
 NORMAL = {'result.json': _record, 'history.jsonl': _history, 'state.safetensors': _tensors,   # without times
-          'plan.json': _plan, 'measured.json': _measured}
+          'plan.json': _plan, 'measured.json': _measured, 'config.json': _config}
 
 
 def digest(data): return hashlib.sha256(data).hexdigest()[:12]
