@@ -329,14 +329,14 @@ _verified:dict[tuple[Any,...],str] = {}
 def verified_hash(
     path:str|os.PathLike[str], # A file
     expected:str|None=None,    # What its content must hash to; None only computes it
-    hash:Callable[[str|os.PathLike[str]],str]=file_hash, # Another checksum, as `pairs.file_checksum`
+    checksum:Callable[[str|os.PathLike[str]],str]|None=None, # In place of `file_hash`, as `pairs.file_checksum`
 )->str: # SHA-256, 64 hexadecimal digits, or the other checksum
     "Check a file's content against its hash, once per process while the file stays as it is."
     s = os.stat(path)
-    key = hash, str(Path(path).resolve()), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-    if key not in _verified: _verified[key] = hash(path)
+    key = checksum, str(Path(path).resolve()), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+    if key not in _verified: _verified[key] = (checksum or file_hash)(path)
     if expected and _verified[key]!=expected:
-        name = 'SHA-256' if hash is file_hash else 'checksum'
+        name = 'checksum' if checksum else 'SHA-256'
         raise ValueError(f"{path}: damaged or altered; its {name} is {_verified[key][:12]}, expected {expected[:12]}")
     return _verified[key]
 
@@ -412,7 +412,9 @@ def lock(
         try: _acquire(lease, path, wait)
         except Timeout:
             raise TimeoutError(f"{what}: {_lock_owner(lease)} holds it; expected it to end within {wait:g} s") from None
-    except OSError as e: raise _unwritable(path.parent, e) from None
+    except OSError as e:
+        if e.filename is None: raise type(e)(e.errno, f"{e.strerror}; not written", str(path)) from None
+        raise _unwritable(path.parent, e) from None
     try: yield
     finally: lease.release()
 
