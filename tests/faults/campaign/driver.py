@@ -19,8 +19,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-LIMIT_S = 600     # A command that takes longer waits for ever; generous, for a loaded machine
-PATIENCE_S = 180  # For what a killed command started: it has a grace of 20 s for its checkpoint
+LIMIT_S = 600     # A command that takes longer waits for ever; longer by the load of the machine
+PATIENCE_S = 180  # For what a killed command started, likewise: it has a grace of 20 s for its checkpoint
 WARM = ('accelerate', 'torch', 'ditnano.cli', 'ditnano.distill.recipes', 'ditnano.lab.lease', 'ditnano.lab.sweep',
         'ditnano.lab.notebooks', 'ditnano.lab.plan', 'ditnano.metrics', 'ditnano.interop.get_pairs',
         'ditnano.deploy.export', 'ditnano.deploy.engines', 'ditnano.deploy.web', 'sklearn.datasets',
@@ -168,12 +168,18 @@ def _drain(end):
     return found
 
 
+def is_late(begin, limit):
+    "Whether so many seconds of a quiet machine are over; on a loaded one each counts for less."
+    load = os.getloadavg()[0]/(os.cpu_count() or 1)
+    return time.monotonic()-begin > limit*max(1, load)
+
+
 def wait(child, limit=LIMIT_S):
     "Its end; one that does not end in time is killed, and that is a failure."
-    deadline, pause, texts = time.monotonic()+limit, 0.002, [b'', b'']
+    begin, pause, texts = time.monotonic(), 0.002, [b'', b'']
     while not (done := os.waitpid(child.pid, os.WNOHANG))[0]:
         texts = [text+_drain(end) for text, end in zip(texts, child[1:])]
-        if time.monotonic() > deadline:
+        if is_late(begin, limit):
             os.killpg(child.pid, signal.SIGKILL)
             os.waitpid(child.pid, 0)
             raise Failure(f'still there after {limit} s: {texts[1][-300:]}')
@@ -198,9 +204,9 @@ def descendants(folder):
 
 def await_descendants(folder):
     "What a command started ends with it."
-    deadline = time.monotonic()+PATIENCE_S
+    begin = time.monotonic()
     while left := descendants(folder):
-        if time.monotonic() > deadline:
+        if is_late(begin, PATIENCE_S):
             for pid in left: os.kill(pid, signal.SIGKILL)
             raise Failure(f'{len(left)} processes go on after the end of the command that started them')
         time.sleep(0.1)
