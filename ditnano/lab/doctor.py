@@ -207,7 +207,7 @@ def _check_statistics(path):
     except (zipfile.BadZipFile, EOFError) as e: raise ValueError(f'{path}: damaged ({e})') from None
     if bad: raise ValueError(f'{path}: damaged or altered; the checksum of {bad} differs')
 
-def _check_code(path): verified_hash(path, path.with_suffix('.sha256').read_text())
+def _check_code(path): verified_hash(path, path.with_suffix('.sha256').read_text(encoding='ascii', errors='replace'))
 
 CACHES = {'images/*.safetensors':_check_images, 'stats/*.npz':_check_statistics, 'native/*.so':_check_code}
 

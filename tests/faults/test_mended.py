@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ditnano import cli, repro
+from ditnano.config import DiTConfig
+from ditnano.deploy import native
 from ditnano.images import load_images
 from ditnano.lab.doctor import verify
 from ditnano.lab.processes import sigterm_interrupts
@@ -150,3 +152,14 @@ def test_a_stop_that_a_compiled_module_turns_into_an_error_is_a_stop(number, mon
     monkeypatch.setattr(cli, 'with_help', lambda command: command)
     with pytest.raises(SystemExit) as e: cli.main(['design'])
     assert e.value.code == 128+number and 'ditnano: stopped' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.compiler() is None, reason='no C compiler installed')
+def test_compiled_code_whose_hash_is_no_text_is_compiled_again(tmp_path):
+    design = native.design_header(DiTConfig(1, 32, 4))
+    native.library(design, tmp_path)
+    note = next(tmp_path.glob('*.sha256'))
+    good = note.read_bytes()
+    note.write_bytes(b'\xb0'+good[1:])
+    native.library(design, tmp_path)
+    assert note.read_bytes() == repro.file_hash(next(tmp_path.glob('*.so'))).encode()
