@@ -210,7 +210,8 @@ def _naming(path):
     "An error of the operating system while a file is written names the file."
     try: yield
     except OSError as e:
-        if e.filename is not None or not e.errno: raise
+        if e.filename is not None or not (e.errno or 'requested and' in str(e)): raise
+        if not e.errno: raise OSError(f"{path}: not written ({e})") from e   # numpy's
         raise type(e)(e.errno, f"{e.strerror}; not written", str(path)) from e
     except Exception as e:
         if type(e).__name__!='SafetensorError': raise   # without an import of safetensors

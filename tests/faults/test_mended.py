@@ -39,7 +39,11 @@ def with_python(path): path.write_bytes(bytes(5000))
 def with_rust(path): save_file({'x': torch.zeros(5000)}, path)
 
 
-@pytest.mark.parametrize('write', [with_python, with_rust])
+def with_numpy(path):
+    with open(path, 'wb') as f: np.save(f, np.zeros(5000))
+
+
+@pytest.mark.parametrize('write', [with_python, with_rust, with_numpy])
 def test_a_file_without_room_is_named_whoever_writes_it(write, tmp_path, small_files):
     assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN   # as Python has it
     (tmp_path/'kept.bin').write_text('before')
