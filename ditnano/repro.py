@@ -537,10 +537,12 @@ def import_guarded(
 # %% ../nbs/00_repro.ipynb #1d0b7796
 LIBRARIES = ('torch','torchvision','numpy','accelerate','lpips','torch-fidelity','safetensors','scikit-learn')
 
-def library_versions()->dict[str,str]: # Library name -> version, those that are installed
+def library_versions(
+    names:Sequence[str]=LIBRARIES, # Distributions
+)->dict[str,str]: # Python's version, and those of the libraries that are installed
     "Versions of the libraries that can change a number."
     out = {'python':platform.python_version()}
-    for name in LIBRARIES:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError): out[name] = version(name)
     return out
 

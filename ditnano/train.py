@@ -357,10 +357,10 @@ def make_graphed_step(
     return GraphedStep(task, cfg, state) if alone and supports_graph_capture(task) else None
 
 def compile_regions(
-    task:Task,           # Its model's transformer blocks, and the distance of its loss
+    task:Task,           # Its model's transformer blocks, and its loss if that is a module
     device:torch.device, # Where it trains
 )->bool: # Whether they will be compiled, at the first step
-    "Compile blocks and distance one by one: equal blocks share one compilation."
+    "Compile blocks and loss one by one: equal blocks share one compilation."
     try: torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
@@ -429,8 +429,8 @@ class RunFiles:
         "One training in a folder at a time: the first process holds the lock; the callback is closed at the end."
         with contextlib.ExitStack() as stack:
             if hasattr(callback,'close'): stack.callback(callback.close)
-            mine = lock(self.folder/'.train.lock', message=f'training in {self.folder}')
-            on_rank0(lambda: stack.enter_context(mine), self.device)
+            folder_lock = lock(self.folder/'.train.lock', message=f'training in {self.folder}')
+            on_rank0(lambda: stack.enter_context(folder_lock), self.device)
             yield
 
     def resume(self, state:State):
