@@ -328,7 +328,7 @@ def read_config(
     found = read_json(path)
     if {'sha256','config_sha256'}.isdisjoint(found): return found
     expected = str(found.pop('config_sha256', 'missing'))
-    if content_hash({k:v for k,v in found.items() if k!='sha256'}, 64)!=expected or 'sha256' not in found:
+    if own_hash(found)!=expected or 'sha256' not in found:
         raise ValueError(f"{path}: damaged or altered; its entries do not hash to config_sha256 ({expected[:12]})")
     return found
 

@@ -201,8 +201,6 @@ def prepare_training(
 def _auxiliary_config(task, cfg): return task.auxiliary_config(cfg) if hasattr(task,'auxiliary_config') else cfg
 
 # %% ../nbs/31_train.ipynb #78828658
-def _move(batch, device): return tuple(to_device(b, device) if torch.is_tensor(b) else b for b in batch)
-
 def _autocast(device, cfg, **how):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision=='bf16', **how)
 
@@ -238,7 +236,7 @@ def train_step(
     "One optimiser step; everything random in it follows from `cfg.seed` and `state.step`."
     step = Step(state.step, cfg.batch, cfg.seed, accelerator.process_index, accelerator.num_processes)
     idx = step.shard(epoch_permutation(task.n, cfg.batch, state.step, cfg.seed))
-    batch = _move(state.batch(idx), accelerator.device)
+    batch = tuple(to_device(b, accelerator.device) if torch.is_tensor(b) else b for b in state.batch(idx))
     _set_learning_rate(state.optimizer, learning_rate(cfg, state.step))
     if graphed_step: loss = graphed_step(batch, step)
     else:

@@ -23,6 +23,7 @@ from statistics import median
 
 import torch
 
+from .. import latency
 from ..config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, UNetConfig
 from ..deploy.browser import GUIDANCES, browser_frame, browser_times, browser_version, missing_tools, ort_web
 from ..deploy.export import quality, to_onnx, to_openvino, weights_hash
@@ -36,17 +37,6 @@ from .execute import latency_config, latency_run, machine_of
 from .experiments import EVAL_SEED, as_student
 from .processes import Children, end_with_parent
 from .runs import run_once
-from ditnano.latency import (
-    bench_sampling,
-    copy_bandwidth,
-    exponential_rate,
-    frame_time,
-    gemm_rate,
-    head_rate,
-    paired_timing,
-    share_of_limit,
-    time_sampling,
-)
 from ..losses import get_loss
 from ..pairs import PairDataset, frozen_copy, make_pairs, pairs_recipe, sample_pairs
 from ..principles import count_flops, count_params
@@ -217,8 +207,8 @@ def bench_pairs(
         return torch.inference_mode()(sample_pairs)(ours, range(batch), recipe, device)[1]
     reference = sample_pairs(plain, range(batch), exact, device)[1]
     for precision in ('fp32','bf16'):
-        both = paired_timing(lambda: sample_pairs(plain, range(batch), exact, device), partial(drawn, precision),
-                             rounds, device, batch, max_warmup=1)
+        both = latency.paired_timing(lambda: sample_pairs(plain, range(batch), exact, device),
+                                     partial(drawn, precision), rounds, device, batch, max_warmup=1)
         away = (drawn(precision)-reference).square().mean()/reference.square().mean()
         rows.append({'teacher':net.name, 'ours in':precision, 'steps':steps, 'batch':batch,
                      'plain fp32 (pairs/s)':both.rates[0], 'ours (pairs/s)':both.rates[1], 'ratio':both.ratio,
@@ -279,7 +269,7 @@ BACKENDS = ('eager','native','openvino')
 
 def _measure_limits(device, before=None):
     "FLOP/s by precision, and bytes/s; never less than what was seen before."
-    now = {p:gemm_rate(p, device) for p in ('fp32','bf16')}|{'copy':copy_bandwidth(device)}
+    now = {p:latency.gemm_rate(p, device) for p in ('fp32','bf16')}|{'copy':latency.copy_bandwidth(device)}
     return {k:max(v, (before or {}).get(k, 0)) for k,v in now.items()}
 
 # %% ../../nbs/lab/05_bench.ipynb #6157c40c
@@ -296,16 +286,17 @@ def bench_tables(
     "Latency in Table 2's form for this machine, with percentiles and the share of its limit."
     device, limits, rows = pick_device(device), {} if limits is None else limits, []
     limits |= _measure_limits(device, limits)
-    timed = bench_sampling([as_student(d) for d in designs], batch, backends, precisions, guidance, rounds, device)
+    configs = [as_student(d) for d in designs]
+    timed = latency.bench_sampling(configs, batch, backends, precisions, guidance, rounds, device)
     limits |= _measure_limits(device, limits)
-    heads = cache(lambda cfg, kind: head_rate(cfg, kind, device))
-    exponentials = cache(lambda kind: exponential_rate(kind, device))
+    heads = cache(lambda cfg, kind: latency.head_rate(cfg, kind, device))
+    exponentials = cache(lambda kind: latency.exponential_rate(kind, device))
     for r in timed:
         cfg = as_student(r['design'])
         kind = 'fp32' if r['precision']=='fp32' else 'bf16'
         inside = dict(heads=heads(cfg, kind), exponentials=exponentials(kind))
-        limit = share_of_limit(r['p50_ms']/1e3, cfg, batch, limits[kind], limits['copy'], guidance,
-                               4 if kind=='fp32' else 2, **inside)
+        limit = latency.share_of_limit(r['p50_ms']/1e3, cfg, batch, limits[kind], limits['copy'], guidance,
+                                       4 if kind=='fp32' else 2, **inside)
         rows.append({'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads, 'params':count_params(cfg),
                      'deployed':count_params(cfg, folded=True),
                      **{k:r[k] for k in ('backend','precision','p50_ms','p90_ms','p99_ms','seconds_50k')},
@@ -326,7 +317,8 @@ def bench_models(
     rows, limits = [], {}
     students = bench_tables([student], backends, batch, rounds, device=device, limits=limits)
     for cfg in (GETConfig(*m) for m in models):
-        t = time_sampling(randomize_weights(GET(cfg)), batch, 50_000, rounds, None, device=device, max_seconds=6)
+        model = randomize_weights(GET(cfg))
+        t = latency.time_sampling(model, batch, 50_000, rounds, None, device=device, max_seconds=6)
         share = batch*count_flops(cfg)/limits['fp32']/(t['p50_ms']/1e3)
         rows.append({'model':f'GET ({cfg.depth}, {cfg.width}, {cfg.heads})', 'params':count_params(cfg),
                      'backend':'eager', 'precision':'fp32',
@@ -348,7 +340,7 @@ def bench_frames(
     rows = []
     for cfg in map(as_student, designs):
         model, ways = randomize_weights(DiT(cfg), 1), [b for b in backends if b!='browser']
-        found = frame_time(model, ways, precisions, guidance, frames, pick_device(device))
+        found = latency.frame_time(model, ways, precisions, guidance, frames, pick_device(device))
         if len(ways)<len(backends): found += _browser_frames(model, guidance, frames)
         rows += [{'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads} | row for row in found]
     return rows

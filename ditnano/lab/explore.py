@@ -75,8 +75,6 @@ def _design_row(d):
     return dict(depth=d.depth, width=d.width, heads=d.heads, params=d.params, deployed=deployed,
                 fp16_kb=round(2*deployed/1000), latency=round(d.latency, 1), timed=low<=d.params<=high)
 
-def _number(key, seen): return seen.setdefault(key, len(seen))
-
 def budget_steps(
     option:str,   # Key of `BUDGETS`
     designs:dict, # Filled: (depth, width) -> (number, row)
@@ -87,7 +85,7 @@ def budget_steps(
     for budget in change_points(option):
         found = ask(option, budget)
         for d in found: designs.setdefault((d.depth, d.width), (len(designs), _design_row(d)))
-        pairs = [[designs[d.depth, d.width][0], _number(d.why, reasons)] for d in found]
+        pairs = [[designs[d.depth, d.width][0], reasons.setdefault(d.why, len(reasons))] for d in found]
         if not steps or steps[-1]['designs']!=pairs: steps.append(dict(at=budget, designs=pairs))
     return steps
 

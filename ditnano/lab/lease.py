@@ -172,19 +172,16 @@ def missing_runs(
     def recorded(config): return any(read_result(Run(r, 'distill', config).folder) for r in roots)
     return [c for c in by_priority(scale) if not recorded(c)]
 
-def _read_rates(notes):
-    rates = notes.get('rates')
-    return rates and rates | {'flops':{int(k):v for k,v in rates['flops'].items()}}
-
 def summarize_missing(
     scale:Scale, # How much of everything
     notes:dict,  # Of a lease's packs
     *roots,      # Folders of runs and records
 )->str: # One line
     "How many runs are missing, and how many minutes they would take at the rates that a lease measured."
-    todo, rates = missing_runs(scale, *roots), _read_rates(notes)
+    todo, rates = missing_runs(scale, *roots), notes.get('rates')
     text = f'scale {scale.name}: {len(todo)} of {len(by_priority(scale))} runs are missing'
     if not todo or not rates: return f"{text}{'; no lease has measured rates yet' if todo else ''}"
+    rates = rates | {'flops':{int(k):v for k,v in rates['flops'].items()}}   # in JSON the widths are text
     seconds = sum(3600*run_cost(c, rates)['hours'] for c in todo)*notes.get('ratio', 1.)
     where = notes.get('device', 'the lease')
     return f"{text}, about {seconds/60:,.3g} minutes at the rates of {where}, besides its pairs"
@@ -445,11 +442,6 @@ class AssumedWork:
     def run(self, config, seconds): self.clock.sleep(self.expected_seconds(config))
 
 # %% ../../nbs/lab/14_lease.ipynb #962c8733
-def _work_folder(out):
-    "Where a lease computes: beside nothing that comes back, and the same at the next call."
-    name = f"ditnano-lease-{content_hash(str(Path(out).resolve()))}"
-    return Path(tempfile.gettempdir())/name
-
 def _have_cache(folder):
     "Without a home folder, or with one that cannot be written, the cache lies in the working folder."
     try: cache_dir().mkdir(parents=True, exist_ok=True)
@@ -476,7 +468,8 @@ def lease(
     log:Callable=print, # Called with each line
 )->list: # From `run_lease`
     "The whole lease: what an earlier one brought, what the scale needs, then the work."
-    folder, start = Path(work or _work_folder(out)), clock()
+    usual = f"ditnano-lease-{content_hash(str(Path(out).resolve()))}"   # the same at the next call
+    folder, start = Path(work or Path(tempfile.gettempdir())/usual), clock()
     _have_cache(folder)
     work = LeaseWork(scale, Packs(out, pack_size, packs), folder, device, evidence, log)
     if take:
