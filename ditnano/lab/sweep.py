@@ -282,8 +282,7 @@ def sweep(
     queue, deadline = _Queue(configs, root, log), deadline_in(minutes-_shutdown_margin(minutes)/60)
     def inline(config, wait):
         return _run_one(config, root, scale, device, minutes_left(deadline), math.inf if world>1 else wait)
-    alone = executor!='processes' or pick_device(device).type=='cuda'
-    workers = workers or (1 if alone else os.cpu_count() or 1)
+    workers = workers or (1 if executor!='processes' or pick_device(device).type=='cuda' else os.cpu_count() or 1)
     local = _LocalProcesses(workers, _shutdown_margin(minutes), queue.progress)
     def in_process(config, wait): return local(config, root, scale, device, minutes_left(deadline), wait)
     try:
