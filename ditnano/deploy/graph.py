@@ -356,7 +356,6 @@ def build_onnx_model(
     inputs = [value('noise', TensorProto.FLOAT, [n,*image]), value('labels', TensorProto.INT64, [n])]
     graph = helper.make_graph(nodes, 'one_step', inputs, [value('images', TensorProto.FLOAT, [n,*image])], constants)
     sets = [helper.make_opsetid('', g.opset)]
-
     m = helper.make_model(graph, opset_imports=sets, ir_version=helper.find_min_ir_version_for(sets),
                           producer_name='ditnano', producer_version=__version__)
     helper.set_model_props(m, {k:v if isinstance(v,str) else json.dumps(v) for k,v in (notes or {}).items()})
