@@ -276,11 +276,16 @@ def _make_task(recipe, student, data, loss, seed):
     if 'fake_clip' in options: options['clip'] = options.pop('fake_clip')
     return make_recipe(name, student, data, loss, seed, options.pop(EXTRA_MODEL.get(name), None), **options)
 
-def _student_config(design, recipe, mlp_ratio, steps):
-    if not isinstance(recipe, GETModelOptions): return DiTConfig(*design, mlp_ratio=mlp_ratio, steps=steps)
+def _student_config(design, recipe, patch, mlp_ratio, steps, pairs):
+    "A student as large as the pictures of its pairs, with their channels and classes."
+    (channels, size, _), classes = pairs['shape'], pairs['classes']
+    common = dict(image_size=size, channels=channels, patch=patch)
+    if not isinstance(recipe, GETModelOptions):
+        common |= dict(classes=max(1, classes), label_dropout=0.1*(classes>1))
+        return DiTConfig(*design, mlp_ratio=mlp_ratio, steps=steps, **common)
     if (mlp_ratio, steps)!=(4.0, 1):
         raise ValueError("recipe 'get-model': a GET has no --steps and no --mlp-ratio; expected neither")
-    return GETConfig(*design)
+    return GETConfig(*design, classes=classes, **common)
 
 # %% ../nbs/50_cli.ipynb #02c7793b
 TRAIN_DEFAULTS = TrainConfig(images=100_000, batch=64, lr=1e-3)
@@ -289,9 +294,10 @@ def train(
     recipe:RecipeOptions=GETOptions(),
     config:TrainConfig=TRAIN_DEFAULTS,
     student:Design=(5, 64, 8),     # Design of the student; heads of each layer as 5,64,4-4-8-8-8
+    patch:int=2,                   # Pixels on a side of a patch
     mlp_ratio:float=4.0,           # Hidden width of the student's MLP over its width
     steps:int=1,                   # Steps in which the student draws an image: 1, 2 or 4
-    pairs:Path|None=None,     # Folder of pairs; default the first 480 of the digits32 teacher
+    pairs:Path|None=None, # Folder of pairs, which give the size; default the first 480 of the digits32 teacher
     loss:str='perceptual-digitslens@32', # L1, L2, LPIPS-vgg@224, LPIPS-squeeze@64, perceptual-NAME@32
     out:Path=Path('student'),      # Folder of the run; one that was stopped is resumed
     device:str='auto',             # Where: auto, cpu, cuda or mps
@@ -309,8 +315,8 @@ def train(
     from ditnano.pairs import PairDataset, ensure_pairs
     limit = _minutes_left(minutes)
     if not config.clip: config = replace(config, clip=CLIP_NORM.get(_recipe_name(recipe), 0.0))
-    design = _student_config(student, recipe, mlp_ratio, steps)
     data = PairDataset(pairs) if pairs else PairDataset(ensure_pairs('digits32', 480), limit=480)
+    design = _student_config(student, recipe, patch, mlp_ratio, steps, data.recipe)
     _fit(_make_task(recipe, design, data, loss, config.seed), config, Path(out), device, limit)
 
 def _fit(task, config, out, device, minutes):
