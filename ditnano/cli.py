@@ -72,7 +72,7 @@ Count = _typed(int, 'N', parse_count)
 Design = _typed(tuple, 'DEPTH,WIDTH,HEADS', parse_design, _design_text)
 Seeds = _typed(range, 'FIRST-LAST', parse_seeds, lambda r: f'{r[0]}-{r[-1]}')
 Minutes = float|None
-Timed = Literal['tables','sampling','frame','web','record','train','pairs','recipes']
+Timed = Literal['tables','sampling','frame','web','record','train','pairs','recipes','loading']
 Backend = Literal['eager', 'compiled', 'native', 'openvino', 'onnxruntime', 'tensorrt']
 
 # %% ../nbs/50_cli.ipynb #6986e969
@@ -511,6 +511,10 @@ def bench(
 
     Example: ditnano bench train --busy 1
 
+    loading sets the first `sample` and the first epoch of pairs with their hashes compared beside those without.
+
+    Example: ditnano bench loading
+
     frame times single guided images; record writes latencies of PyTorch as records into the folder of runs, as the
     tables draw them: Table 5 needs guidance 1 and 1.5, and its GET model.
 
@@ -533,6 +537,7 @@ def bench(
     elif what=='train': rows = b.bench_train(students, batch or 32, rounds, loss, device)
     elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
     elif what=='recipes': rows = b.bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
+    elif what=='loading': rows = b.bench_loading(rounds, batch or 32)
     elif what=='frame': rows = b.bench_frames(students, ways, kinds, guided, device=device)
     elif what=='web': rows = b.bench_web(students, runs_dir(), rounds, fetch=fetch)
     elif what=='record':

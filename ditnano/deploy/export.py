@@ -27,9 +27,17 @@ from .runner import UserError, in_batches
 from ..edm import to_bytes
 from ..images import load_images
 from ..metrics import evaluate, frechet
-from ..repro import atomic, file_hash, is_system_file, library_versions, noise_and_labels, state_hash, write_json
+from ditnano.repro import (
+    atomic,
+    file_hash,
+    is_system_file,
+    library_versions,
+    noise_and_labels,
+    state_hash,
+    write_hashed_json,
+    write_json,
+)
 from ..sampling import build_sampler, sample
-
 
 # %% ../../nbs/deploy/07_export.ipynb #54b76e8e
 def weights_hash(
@@ -375,13 +383,14 @@ def bundle(
         tmp.mkdir()
         files = _write_graphs(model, tmp, precisions, guidance, batch, calibration, jetpack5)
         arrays = _write_arrays(model, tmp, guidance, seeds)
-        for module in (runner, jetson): shutil.copyfile(module.__file__, tmp/Path(module.__file__).name)
+        programs = {Path(module.__file__).name:module.__file__ for module in (runner, jetson)}
+        for program,source in programs.items(): shutil.copyfile(source, tmp/program)
         (tmp/'run.py').write_text(runner.RUN_PY)
         text = README.format(name=name, depth=c.depth, width=c.width, heads=c.heads, guidance=guidance)
         (tmp/'README.txt').write_text(text)
         card = {'format':1, 'name':name} | _card(model, None, guidance, None, batch)
         card |= {'files':files, 'arrays':arrays, 'seeds':[seeds[0],seeds[-1]], 'made':library_versions(MADE_WITH)}
-        card |= {'run':'python run.py', 'trained':getattr(model, 'card', None)}
-        write_json(tmp/'card.json', {k:v for k,v in card.items() if k not in ('precision','opset')})
+        card |= {'run':'python run.py', 'trained':getattr(model, 'card', None),
+                 'programs':{program:file_hash(tmp/program) for program in programs}}
+        write_hashed_json(tmp/'card.json', {k:v for k,v in card.items() if k not in ('precision','opset')})
     return runner.read_card(folder)
-

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COST_ROWS', 'TABLE_2', 'TABLE_5', 'BACKENDS', 'EXPORT_FILES', 'bench_train', 'fair_share', 'bench_busy',
-           'bench_pairs', 'cost_run', 'bench_recipes', 'bench_tables', 'bench_models', 'bench_frames', 'bench_records',
-           'web_run', 'bench_web', 'speed_run', 'export_run', 'sheet_run']
+           'bench_pairs', 'bench_loading', 'cost_run', 'bench_recipes', 'bench_tables', 'bench_models', 'bench_frames',
+           'bench_records', 'web_run', 'bench_web', 'speed_run', 'export_run', 'sheet_run']
 
 # %% ../../nbs/lab/05_bench.ipynb #5170d0b9
 import contextlib
@@ -37,6 +37,7 @@ from .execute import latency_config, latency_run, machine_of
 from .experiments import EVAL_SEED, as_student
 from .processes import Children, end_with_parent
 from .runs import run_once
+from ..latency import interleaved
 from ..losses import get_loss
 from ..pairs import PairDataset, frozen_copy, make_pairs, pairs_recipe, sample_pairs
 from ..principles import count_flops, count_params
@@ -46,10 +47,10 @@ from ..train import RECORD_AFTER, fit
 from ..unet import SongUNet
 
 # %% ../../nbs/lab/05_bench.ipynb #54a6b9f6
-def _random_pairs(size, folder):
+def _random_pairs(size, folder, count=256):
     "Pairs of an untrained teacher."
     tiny = UNetConfig(model_channels=8, channel_mult=(1,1), num_blocks=1, attn_resolutions=(), image_size=size)
-    return PairDataset(make_pairs(EDMPrecond(SongUNet(tiny)), 256, folder, steps=1, name='untrained'))
+    return PairDataset(make_pairs(EDMPrecond(SongUNet(tiny)), count, folder, steps=1, name='untrained'))
 
 def _bare_loop(cfg, loss, batch, precision, device):
     "A function that makes so many bare training steps."
@@ -215,6 +216,51 @@ def bench_pairs(
                      'quartiles':f'{both.low:.2f}-{both.high:.2f}', 'relative difference':away.sqrt().item(),
                      'threads':torch.get_num_threads()})
     return rows
+
+# %% ../../nbs/lab/05_bench.ipynb #9cf6c886
+_SAMPLE = '''import sys
+from ditnano import cli, repro
+if sys.argv[1]=='without': repro.verified_hash = lambda path, expected=None, **how: expected
+cli.main(sys.argv[2:])'''
+
+def _cpu_seconds():
+    "Of this process and of those that it waited for."
+    import resource
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime+u.ru_stime for u in used)
+
+def _sample_once(side, folder, weights):
+    command = ['sample','--weights',weights,'--out',str(Path(folder)/'sheet.png'),'--device','cpu']
+    subprocess.run([sys.executable,'-c',_SAMPLE,side,*command], check=True, stdout=subprocess.DEVNULL)
+
+def _read_epoch(check, folder, batch):
+    "The first epoch after the files became new."
+    for file in folder.glob('*.safetensors'): file.touch()
+    data = PairDataset(folder, check=check)
+    for indices in torch.randperm(len(data)).split(batch): data.batch(indices)
+
+def _loading_row(what, call, rounds):
+    sides = {side:partial(call, side) for side in ('with','without')}
+    seconds = {k:[t for t,_ in v] for k,v in interleaved(sides, rounds, clock=_cpu_seconds).items()}
+    costs = [a/b-1 for a,b in zip(*seconds.values(), strict=True)]
+    return {'what':what, **{f'{k} (CPU s)':median(v) for k,v in seconds.items()}, 'cost (%)':100*median(costs),
+            'range (%)':f'{100*min(costs):.1f} to {100*max(costs):.1f}', 'rounds':rounds}
+
+# %% ../../nbs/lab/05_bench.ipynb #40959fcb
+def bench_loading(
+    rounds:int=3,     # Of `ditnano sample` on each side; of the epoch ten times as many
+    batch:int=32,     # Pairs at once
+    count:int=4000,   # Pairs
+    size:int=32,      # Side of their images in pixels
+    weights:str='nano-digits', # A student, for `ditnano sample`
+)->list: # One dict each for sampling and an epoch: CPU seconds with and without verification, and its cost in percent
+    "What verification adds to the start of `ditnano sample` and to reading an epoch of pairs."
+    with tempfile.TemporaryDirectory() as folder:
+        _random_pairs(size, Path(folder)/'pairs', count)
+        def sample(side): _sample_once(side, folder, weights)
+        def read(side): _read_epoch({'with':'size','without':None}[side], Path(folder)/'pairs', batch)
+        return [_loading_row('ditnano sample', sample, rounds),
+                _loading_row(f'an epoch of {count:,} pairs, {size} px', read, 10*rounds)]
 
 # %% ../../nbs/lab/05_bench.ipynb #6304b1b6
 COST_ROWS = {  # recipe, options, fields of the student that differ

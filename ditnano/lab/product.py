@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'PRESET_NEEDS', 'TEACHER_FILES', 'ENOUGH_IMAGES', 'MAX_REFERENCE', 'MAX_SAMPLES', 'SHARES', 'STAGES', 'PILOT',
-           'MAX_PAIRS', 'EXPORTS', 'BACKENDS', 'CARD', 'HEAD', 'WORK', 'Plan', 'check_output', 'ProgressLines',
-           'save_loss_curve', 'fit_in_view', 'teacher_config', 'denoiser_flops', 'choose_preset', 'fastest',
-           'plan_teacher', 'teacher_task', 'train_teacher', 'teach', 'student_designs', 'default_loss', 'plan_student',
-           'choose_extractors', 'extraction_rate', 'nearness', 'Product', 'missing_exports', 'run_stage',
-           'make_teacher', 'draw_pairs', 'train_student', 'evaluate_student', 'export_student', 'product_card',
-           'distill']
+           'MAX_PAIRS', 'EXPORTS', 'BACKENDS', 'CARD', 'HEAD', 'WORK', 'read_plan', 'Plan', 'check_output',
+           'ProgressLines', 'save_loss_curve', 'fit_in_view', 'teacher_config', 'denoiser_flops', 'choose_preset',
+           'fastest', 'plan_teacher', 'teacher_task', 'train_teacher', 'teach', 'student_designs', 'default_loss',
+           'plan_student', 'choose_extractors', 'extraction_rate', 'nearness', 'Product', 'missing_exports',
+           'run_stage', 'make_teacher', 'draw_pairs', 'train_student', 'evaluate_student', 'export_student',
+           'product_card', 'distill']
 
 # %% ../../nbs/lab/15_product.ipynb #bcff9a22
 import shutil
@@ -60,10 +60,11 @@ from ditnano.repro import (
     is_system_file,
     lock,
     pick_device,
-    read_json,
+    read_hashed_json,
     remove_leftovers,
     torch_home,
-    write_json,
+    verified_hash,
+    write_hashed_json,
 )
 from ..sampling import balanced_labels, sample, save_grid
 from ..state import read_history
@@ -71,14 +72,24 @@ from ..train import fit
 from ..unet import PRESETS, SongUNet
 
 # %% ../../nbs/lab/15_product.ipynb #b9b75e22
+def read_plan(
+    folder, # Of a product or a teacher
+)->dict: # settings, stages
+    "What `plan.json` holds."
+    path, names = Path(folder)/'plan.json', {'settings', 'stages'}
+    found = read_hashed_json(path, names)
+    if set(found)!=names or not all(isinstance(v, dict) for v in (*found.values(), *found['stages'].values())):
+        raise ValueError(f"{path}: no plan; expected settings and stages")
+    return found
+
 class Plan:
     "What a folder is made of, and how far it has come: `plan.json`."
     def __init__(self,
-        folder,        # Where the product grows; made with the first note
+        folder,        # Where the product grows; made when the plan is saved
         settings:dict, # What decides it
     ):
         self.folder, self.file = Path(folder), Path(folder)/'plan.json'
-        before = read_json(self.file) if self.file.is_file() else {'settings':settings, 'stages':{}}
+        before = read_plan(folder) if self.file.is_file() else {'settings':settings, 'stages':{}}
         for k in before['settings'] | settings:
             old, new = (s.get(k) for s in (before['settings'], settings))
             if old==new: continue
@@ -93,8 +104,12 @@ class Plan:
     def note(self, name:str, **facts)->dict:
         "Keep facts of a stage; all that is known of it."
         self.content['stages'][name] = self.stage(name) | facts
-        write_json(self.file, self.content)
+        self.save()
         return self.stage(name)
+
+    def save(self):
+        "Write the file."
+        write_hashed_json(self.file, self.content)
 
 def check_output(
     folder, # Where a product shall grow
@@ -461,9 +476,11 @@ class Product:
 def missing_exports(
     p:Product, # In progress
 )->list: # Keys of `EXPORTS`
-    "Files that are still to be written; what lacked a tool is tried again."
+    "Files that are still to be written: what is not there as it was written, and what lacked a tool."
     files = p.plan.stage('exports').get('files', {})
-    return [name for name in p.exports if 'file' not in files.get(name, {})]
+    def is_whole(path, sha256): return path.is_file() and verified_hash(path)==sha256
+    def is_here(f): return 'file' in f and all(is_whole(p.out/n, h) for n,h in f.get('sha256', {}).items())
+    return [name for name in p.exports if not is_here(files.get(name, {}))]
 
 def run_stage(
     p:Product,      # In progress
@@ -488,7 +505,7 @@ def make_teacher(
 )->dict: # As `plan_teacher`
     "A teacher in `teacher/`."
     out = train_teacher(p.data, p.out/'teacher', seconds, seed=p.seed, device=p.device, log=p.log)
-    return read_json(out/'plan.json')['stages']['teacher']
+    return read_plan(out)['stages']['teacher']
 
 def _draw_pairs(p, count, log=None):
     gpu = pick_device(p.device).type=='cuda'
@@ -586,7 +603,14 @@ EXPORTS = {  # name: (file or folder, function (student, path, guidance, name) -
 }
 BACKENDS = {'c':('native',), 'onnx-fp32':('onnxruntime','openvino')} # Timed beside PyTorch, with these exports
 
-def _bytes(path): return sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob('*')) if f.is_file())
+def _files_in(path): return sorted(f for f in ([path] if path.is_file() else path.rglob('*')) if f.is_file())
+
+def _bytes(path): return sum(f.stat().st_size for f in _files_in(path))
+
+def _facts(p, file, made):
+    "What the plan keeps of an export."
+    hashes = {f.relative_to(p.out).as_posix():verified_hash(f) for f in _files_in(p.out/file)}
+    return {'file':file, 'bytes':_bytes(p.out/file), 'error':made.get('error'), 'sha256':hashes}
 
 def export_student(
     p:Product,     # In progress
@@ -600,7 +624,7 @@ def export_student(
         except (ImportError, RuntimeError, ValueError, FloatingPointError) as e:
             done[name] = {'skipped':str(e).splitlines()[0]}
             p.log(f"skipped {name}: {done[name]['skipped']}")
-        else: done[name] = {'file':file, 'bytes':_bytes(p.out/file), 'error':made.get('error')}
+        else: done[name] = _facts(p, file, made)
         p.plan.note('exports', files=done)
     timed = ['eager', *(b for name in p.exports for b in BACKENDS.get(name, ()))]
     return {'files':done, 'frames':frame_time(model, timed, guidance=p.guidance, frames=50, max_seconds=2)}
@@ -802,7 +826,10 @@ def distill(
     p.seconds, p.device, p.log, p.exports = 60*minutes, device, log, tuple(exports)
     p.unseen = _unseen(images, data.images.shape[-1], options)
     with lock(out/'.lock', 0, f'product {out.name}'):
+        p.plan = Plan(out, p.plan.content['settings'])   # as it is now that nobody else writes it
+        p.plan.save()   # before the first stage, which may be stopped
         for stage in p.stages: run_stage(p, stage, WORK[stage])
+        p.teacher(), p.student()   # what was finished before may have been damaged since; it is refused by name
         page = product_card(p)
         with atomic(out/'README.md') as tmp: tmp.write_text(page, encoding='utf-8')
         (p.work/'student'/'state.safetensors').unlink(missing_ok=True)

@@ -82,6 +82,15 @@ def test_a_manifest_that_was_altered_is_refused_and_found_by_the_doctor(tmp_path
     assert PairDataset(tmp_path/'p').hash == before and read_manifest(tmp_path/'p') == earlier
 
 
+def test_a_lock_without_room_is_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(OSError, match=r'not written.*\.lock'), lock(tmp_path/'.lock'): pass
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with lock(tmp_path/'.lock', wait=0): pass
+
+
 @pytest.mark.parametrize('content', ['', 'filelock/2\npid=', 'no record'])
 def test_a_lock_that_a_crash_left_behind_is_taken_over(content, tmp_path, monkeypatch):
     "Also an empty one: the crash came after the file was made and before a word was in it."
