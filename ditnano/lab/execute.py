@@ -31,7 +31,6 @@ from ..repro import atomic, fingerprint, pick_device, write_json
 from ..sampling import balanced_labels, sample, sample_labels, save_grid
 from ..train import fit
 
-
 # %% ../../nbs/lab/02_execute.ipynb #46cd0155
 class TimeLimitReached(Exception):
     "Time is up; the message reports how far the run came."
