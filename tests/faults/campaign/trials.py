@@ -408,10 +408,10 @@ def race(names, world, rng):
 
 # Two ranks -----------------------------------------------------------------------------------------------------------
 PHASES = {  # phase of a distributed run: the function that fails in one rank
-    'rendezvous': 'ditnano.lab.sweep:distill_run', 'pairs': 'ditnano.pairs:PairDataset',
+    'rendezvous': 'ditnano.lab.sweep:distill_run', 'pairs': 'ditnano.lab.execute:PairDataset',
     'resuming': 'ditnano.train:RunFiles.resume', 'training': 'ditnano.train:train_step',
-    'saving': 'ditnano.train:save_state', 'sampling': 'ditnano.sampling:sample',
-    'evaluation': 'ditnano.metrics:evaluate', 'recording': 'ditnano.lab.runs:write_json',
+    'saving': 'ditnano.train:save_state', 'sampling': 'ditnano.lab.execute:sample',
+    'evaluation': 'ditnano.lab.execute:evaluate', 'recording': 'ditnano.lab.runs:write_json',
 }
 OF_THE_FIRST = ('saving', 'evaluation', 'recording')   # phases of rank 0 alone
 RANK_FAULTS = ('error', 'kill', 'stop')
