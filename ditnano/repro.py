@@ -351,7 +351,7 @@ def read_config(
     found = read_json(path)
     if {'sha256','config_sha256'}.isdisjoint(found): return found
     expected = str(found.pop('config_sha256', 'missing'))
-    if content_hash({k:v for k,v in found.items() if k!='sha256'}, 64)!=expected or 'sha256' not in found:
+    if own_hash(found)!=expected or 'sha256' not in found:
         raise ValueError(f"{path}: damaged or altered; its entries do not hash to config_sha256 ({expected[:12]})")
     return found
 
@@ -562,10 +562,12 @@ def import_guarded(
 # %% ../nbs/00_repro.ipynb #1d0b7796
 LIBRARIES = ('torch','torchvision','numpy','accelerate','lpips','torch-fidelity','safetensors','scikit-learn')
 
-def library_versions()->dict[str,str]: # Library name -> version, those that are installed
+def library_versions(
+    names:Sequence[str]=LIBRARIES, # Distributions
+)->dict[str,str]: # Python's version, and those of the libraries that are installed
     "Versions of the libraries that can change a number."
     out = {'python':platform.python_version()}
-    for name in LIBRARIES:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError): out[name] = version(name)
     return out
 
