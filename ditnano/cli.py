@@ -26,7 +26,7 @@ from typing import Annotated, Literal, Union
 import tyro
 
 from . import __version__
-from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
+from .config import DESIGNS, DiTConfig, GETConfig, TrainConfig, load_scale
 from .deploy.jetson import text_table
 from .principles import parse_count, propose
 from .repro import parse_seeds, project_folder, runs_dir, write_json
@@ -72,7 +72,7 @@ Count = _typed(int, 'N', parse_count)
 Design = _typed(tuple, 'DEPTH,WIDTH,HEADS', parse_design, _design_text)
 Seeds = _typed(range, 'FIRST-LAST', parse_seeds, lambda r: f'{r[0]}-{r[-1]}')
 Minutes = float|None
-Timed = Literal['tables','sampling','frame','web','record','train','pairs','recipes']
+Timed = Literal['tables','sampling','frame','web','record','train','pairs','recipes','loading']
 Backend = Literal['eager', 'compiled', 'native', 'openvino', 'onnxruntime', 'tensorrt']
 
 # %% ../nbs/50_cli.ipynb #6986e969
@@ -268,9 +268,11 @@ class GETModelOptions:
 RECIPE_OPTIONS = {'get':GETOptions, 'dmd':DMDOptions, 'ta':TAOptions, 'mi1':MI1Options, 'get-model':GETModelOptions}
 RecipeOptions = Union[tuple(Annotated[v, tyro.conf.subcommand(k)] for k, v in RECIPE_OPTIONS.items())]  # noqa: UP007
 
+def _recipe_name(options): return next(k for k, v in RECIPE_OPTIONS.items() if isinstance(options, v))
+
 def _make_task(recipe, student, data, loss, seed):
     from ditnano.distill.recipes import EXTRA_MODEL, make_recipe
-    name, options = next(k for k, v in RECIPE_OPTIONS.items() if isinstance(recipe, v)), asdict(recipe)
+    name, options = _recipe_name(recipe), asdict(recipe)
     if 'fake_clip' in options: options['clip'] = options.pop('fake_clip')
     return make_recipe(name, student, data, loss, seed, options.pop(EXTRA_MODEL.get(name), None), **options)
 
@@ -284,10 +286,6 @@ def _student_config(design, recipe, patch, mlp_ratio, steps, pairs):
     if (mlp_ratio, steps)!=(4.0, 1):
         raise ValueError("recipe 'get-model': a GET has no --steps and no --mlp-ratio; expected neither")
     return GETConfig(*design, classes=classes, **common)
-
-def _default_clip(recipe):
-    from ditnano.lab.experiments import CLIP_NORM
-    return CLIP_NORM.get(next(k for k, v in RECIPE_OPTIONS.items() if isinstance(recipe, v)), 0.0)
 
 # %% ../nbs/50_cli.ipynb #02c7793b
 TRAIN_DEFAULTS = TrainConfig(images=100_000, batch=64, lr=1e-3)
@@ -313,9 +311,10 @@ def train(
 
     Example: ditnano train ta --assistant student/student --weights 0 1 0 --out ta/
     """
+    from ditnano.lab.experiments import CLIP_NORM
     from ditnano.pairs import PairDataset, ensure_pairs
     limit = _minutes_left(minutes)
-    if not config.clip: config = replace(config, clip=_default_clip(recipe))
+    if not config.clip: config = replace(config, clip=CLIP_NORM.get(_recipe_name(recipe), 0.0))
     data = PairDataset(pairs) if pairs else PairDataset(ensure_pairs('digits32', 480), limit=480)
     design = _student_config(student, recipe, patch, mlp_ratio, steps, data.recipe)
     _fit(_make_task(recipe, design, data, loss, config.seed), config, Path(out), device, limit)
@@ -385,7 +384,7 @@ def sample(
 # %% ../nbs/50_cli.ipynb #d81e662e
 def eval(
     weights:str='nano-digits',   # Shipped student, or a folder
-    data:str|None=None, # Real images: digits32, cifar10, a folder, archive or hf:OWNER/NAME; default those of its teacher
+    data:str|None=None, # Real images: digits32, cifar10, a folder, archive, hf:OWNER/NAME; default those of its teacher
     size:int|None=None,          # Their side in pixels; default as they are
     channels:Literal[1,3]=3,     # Their channels; 1 is grey
     skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
@@ -518,6 +517,10 @@ def bench(
 
     Example: ditnano bench train --busy 1
 
+    loading sets the first `sample` and the first epoch of pairs with their hashes compared beside those without.
+
+    Example: ditnano bench loading
+
     frame times single guided images; record writes latencies of PyTorch as records into the folder of runs, as the
     tables draw them: Table 5 needs guidance 1 and 1.5, and its GET model.
 
@@ -536,10 +539,12 @@ def bench(
     guided = (1.5 if what in ('frame', 'record') else 1.) if guidance is None else guidance
     if what=='tables':
         print(text_table(b.bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device)))
-    if what=='train' and busy: rows = b.bench_busy(busy, students[0], batch or 32, rounds, loss)
-    elif what=='train': rows = b.bench_train(students, batch or 32, rounds, loss, device)
+    if what=='train':
+        rows = (b.bench_busy(busy, students[0], batch or 32, rounds, loss) if busy
+                else b.bench_train(students, batch or 32, rounds, loss, device))
     elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
     elif what=='recipes': rows = b.bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
+    elif what=='loading': rows = b.bench_loading(rounds, batch or 32)
     elif what=='frame': rows = b.bench_frames(students, ways, kinds, guided, device=device)
     elif what=='web': rows = b.bench_web(students, runs_dir(), rounds, fetch=fetch)
     elif what=='record':
@@ -668,8 +673,6 @@ def _notebooks(only):
 # What `best` computes on this machine, at scale cpu: Table 2's designs, not all
 MEASURED_HERE = {'latency':{'designs':[list(d) for d in DESIGNS][:6], 'off_for':[[5,64,8]]}, 'students':{}}
 
-def _measuring_scale()->Scale: return replace(s := load_scale('cpu'), experiments=s.experiments|MEASURED_HERE)
-
 def _stages(scale, notebooks):
     "Which notebooks run at which scale, in this order."
     if scale!='best': return [(scale, notebooks)]
@@ -678,7 +681,9 @@ def _stages(scale, notebooks):
     unknown = [p.stem for p in computing if p.stem not in MEASURED_HERE]
     if unknown and len(notebooks)<len(_notebooks(None)):
         raise ValueError(f"{unknown[0]} computes, and best only draws; expected --scale smoke, or another")
-    return [*((_measuring_scale(), [p]) for p in computing if p.stem in MEASURED_HERE), ('best', drawing)]
+    s = load_scale('cpu')
+    here = replace(s, experiments=s.experiments|MEASURED_HERE)
+    return [*((here, [p]) for p in computing if p.stem in MEASURED_HERE), ('best', drawing)]
 
 def _list_best(runs, out):
     from ditnano.lab.evidence import EXPERIMENT_FILTERS, best_scale, load_runs, rows_of
