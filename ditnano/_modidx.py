@@ -837,6 +837,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'ditnano/interop/get_pairs.py'),
                                            'ditnano.interop.get_pairs._check_tensor': ( 'interop/get_pairs.html#_check_tensor',
                                                                                         'ditnano/interop/get_pairs.py'),
+                                           'ditnano.interop.get_pairs._check_zip': ( 'interop/get_pairs.html#_check_zip',
+                                                                                     'ditnano/interop/get_pairs.py'),
                                            'ditnano.interop.get_pairs._chunk_names': ( 'interop/get_pairs.html#_chunk_names',
                                                                                        'ditnano/interop/get_pairs.py'),
                                            'ditnano.interop.get_pairs._content_of': ( 'interop/get_pairs.html#_content_of',
