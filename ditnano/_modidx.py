@@ -1476,6 +1476,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'ditnano.lab.product.Plan.__init__': ('lab/product.html#plan.__init__', 'ditnano/lab/product.py'),
                                      'ditnano.lab.product.Plan.note': ('lab/product.html#plan.note', 'ditnano/lab/product.py'),
                                      'ditnano.lab.product.Plan.stage': ('lab/product.html#plan.stage', 'ditnano/lab/product.py'),
+                                     'ditnano.lab.product.Plan.write': ('lab/product.html#plan.write', 'ditnano/lab/product.py'),
                                      'ditnano.lab.product.Product': ('lab/product.html#product', 'ditnano/lab/product.py'),
                                      'ditnano.lab.product.Product.pairs': ('lab/product.html#product.pairs', 'ditnano/lab/product.py'),
                                      'ditnano.lab.product.Product.share': ('lab/product.html#product.share', 'ditnano/lab/product.py'),

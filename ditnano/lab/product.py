@@ -90,10 +90,14 @@ class Plan:
         "What is known of a stage."
         return self.content['stages'].get(name, {})
 
+    def write(self):
+        "Write what is known; a folder with a plan is one to resume."
+        write_json(self.file, self.content)
+
     def note(self, name:str, **facts)->dict:
         "Keep facts of a stage; all that is known of it."
         self.content['stages'][name] = self.stage(name) | facts
-        write_json(self.file, self.content)
+        self.write()
         return self.stage(name)
 
 def check_output(
@@ -803,6 +807,7 @@ def distill(
     p.seconds, p.device, p.log, p.exports = 60*minutes, device, log, tuple(exports)
     p.unseen = _unseen(images, data.images.shape[-1], options)
     with lock(out/'.lock', 0, f'product {out.name}'):
+        p.plan.write()
         for stage in p.stages: run_stage(p, stage, WORK[stage])
         page = product_card(p)
         with atomic(out/'README.md') as tmp: tmp.write_text(page, encoding='utf-8')

@@ -115,6 +115,18 @@ def test_a_kill_in_any_stage_loses_no_stage_before_it(stage, made, photos, tmp_p
     assert (out/'README.md').is_file()
 
 
+def test_a_kill_in_the_first_stage_can_be_resumed(photos, tmp_path, monkeypatch):
+    out, begun = tmp_path/'product', []
+    def kill(p, seconds):
+        (p.out/'teacher').mkdir(exist_ok=True)   # a run that has begun, and of which nothing is noted
+        begun.append(p.plan.file.is_file())
+        raise Killed
+    monkeypatch.setitem(product.WORK, 'teacher', kill)
+    for _ in range(2):
+        with pytest.raises(Killed): toy(out, photos)
+    assert begun == [True, True]
+
+
 SCRIPT = """
 import os, signal, sys
 from ditnano.lab import product
