@@ -47,7 +47,7 @@ test-quick: $(STAMP) ## The everyday loop, under a minute: no notebooks, nothing
 	$(BIN)/python -m pytest -n $(JOBS) -m quick tests/unit tests/contract tests/hostile
 
 faults: $(STAMP) ## The whole campaign of faults (20 minutes): kills, damage, full disks, races; ARGS="--only kill --seed 1"
-	$(BIN)/python tests/faults/campaign --whole $(ARGS)
+	$(BIN)/python tests/faults/campaign --whole --jobs 2 $(ARGS)
 
 lint: $(STAMP) ## ruff: 120 columns, one statement a line, unused and unsorted imports, common mistakes
 	@$(BIN)/ruff check .

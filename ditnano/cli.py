@@ -26,7 +26,7 @@ from typing import Annotated, Literal, Union
 import tyro
 
 from . import __version__
-from .config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, load_scale
+from .config import DESIGNS, DiTConfig, GETConfig, TrainConfig, load_scale
 from .deploy.jetson import text_table
 from .principles import parse_count, propose
 from .repro import parse_seeds, project_folder, runs_dir, write_json
@@ -72,7 +72,7 @@ Count = _typed(int, 'N', parse_count)
 Design = _typed(tuple, 'DEPTH,WIDTH,HEADS', parse_design, _design_text)
 Seeds = _typed(range, 'FIRST-LAST', parse_seeds, lambda r: f'{r[0]}-{r[-1]}')
 Minutes = float|None
-Timed = Literal['tables','sampling','frame','web','record','train','pairs','recipes']
+Timed = Literal['tables','sampling','frame','web','record','train','pairs','recipes','loading']
 Backend = Literal['eager', 'compiled', 'native', 'openvino', 'onnxruntime', 'tensorrt']
 
 # %% ../nbs/50_cli.ipynb #6986e969
@@ -268,21 +268,24 @@ class GETModelOptions:
 RECIPE_OPTIONS = {'get':GETOptions, 'dmd':DMDOptions, 'ta':TAOptions, 'mi1':MI1Options, 'get-model':GETModelOptions}
 RecipeOptions = Union[tuple(Annotated[v, tyro.conf.subcommand(k)] for k, v in RECIPE_OPTIONS.items())]  # noqa: UP007
 
+def _recipe_name(options): return next(k for k, v in RECIPE_OPTIONS.items() if isinstance(options, v))
+
 def _make_task(recipe, student, data, loss, seed):
     from ditnano.distill.recipes import EXTRA_MODEL, make_recipe
-    name, options = next(k for k, v in RECIPE_OPTIONS.items() if isinstance(recipe, v)), asdict(recipe)
+    name, options = _recipe_name(recipe), asdict(recipe)
     if 'fake_clip' in options: options['clip'] = options.pop('fake_clip')
     return make_recipe(name, student, data, loss, seed, options.pop(EXTRA_MODEL.get(name), None), **options)
 
-def _student_config(design, recipe, mlp_ratio, steps):
-    if not isinstance(recipe, GETModelOptions): return DiTConfig(*design, mlp_ratio=mlp_ratio, steps=steps)
+def _student_config(design, recipe, patch, mlp_ratio, steps, pairs):
+    "A student as large as the pictures of its pairs, with their channels and classes."
+    (channels, size, _), classes = pairs['shape'], pairs['classes']
+    common = dict(image_size=size, channels=channels, patch=patch)
+    if not isinstance(recipe, GETModelOptions):
+        common |= dict(classes=max(1, classes), label_dropout=0.1*(classes>1))
+        return DiTConfig(*design, mlp_ratio=mlp_ratio, steps=steps, **common)
     if (mlp_ratio, steps)!=(4.0, 1):
         raise ValueError("recipe 'get-model': a GET has no --steps and no --mlp-ratio; expected neither")
-    return GETConfig(*design)
-
-def _default_clip(recipe):
-    from ditnano.lab.experiments import CLIP_NORM
-    return CLIP_NORM.get(next(k for k, v in RECIPE_OPTIONS.items() if isinstance(recipe, v)), 0.0)
+    return GETConfig(*design, classes=classes, **common)
 
 # %% ../nbs/50_cli.ipynb #02c7793b
 TRAIN_DEFAULTS = TrainConfig(images=100_000, batch=64, lr=1e-3)
@@ -291,9 +294,10 @@ def train(
     recipe:RecipeOptions=GETOptions(),
     config:TrainConfig=TRAIN_DEFAULTS,
     student:Design=(5, 64, 8),     # Design of the student; heads of each layer as 5,64,4-4-8-8-8
+    patch:int=2,                   # Pixels on a side of a patch
     mlp_ratio:float=4.0,           # Hidden width of the student's MLP over its width
     steps:int=1,                   # Steps in which the student draws an image: 1, 2 or 4
-    pairs:Path|None=None,     # Folder of pairs; default the first 480 of the digits32 teacher
+    pairs:Path|None=None, # Folder of pairs, which give the size; default the first 480 of the digits32 teacher
     loss:str='perceptual-digitslens@32', # L1, L2, LPIPS-vgg@224, LPIPS-squeeze@64, perceptual-NAME@32
     out:Path=Path('student'),      # Folder of the run; one that was stopped is resumed
     device:str='auto',             # Where: auto, cpu, cuda or mps
@@ -307,11 +311,12 @@ def train(
 
     Example: ditnano train ta --assistant student/student --weights 0 1 0 --out ta/
     """
+    from ditnano.lab.experiments import CLIP_NORM
     from ditnano.pairs import PairDataset, ensure_pairs
     limit = _minutes_left(minutes)
-    if not config.clip: config = replace(config, clip=_default_clip(recipe))
-    design = _student_config(student, recipe, mlp_ratio, steps)
+    if not config.clip: config = replace(config, clip=CLIP_NORM.get(_recipe_name(recipe), 0.0))
     data = PairDataset(pairs) if pairs else PairDataset(ensure_pairs('digits32', 480), limit=480)
+    design = _student_config(student, recipe, patch, mlp_ratio, steps, data.recipe)
     _fit(_make_task(recipe, design, data, loss, config.seed), config, Path(out), device, limit)
 
 def _fit(task, config, out, device, minutes):
@@ -379,12 +384,12 @@ def sample(
 # %% ../nbs/50_cli.ipynb #d81e662e
 def eval(
     weights:str='nano-digits',   # Shipped student, or a folder
-    data:str='digits32',         # Reference images: digits32, cifar10, or a folder, archive or hf:OWNER/NAME
+    data:str|None=None, # Real images: digits32, cifar10, a folder, archive, hf:OWNER/NAME; default those of its teacher
     size:int|None=None,          # Their side in pixels; default as they are
     channels:Literal[1,3]=3,     # Their channels; 1 is grey
     skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
     columns:str|None=None,       # Of a data set, as in image,label; default by their types
-    extractors:str='digitsnet',  # Feature extractors, as in cifarnet,squeezenet; inception gives FID and IS
+    extractors:str|None=None, # As in cifarnet,squeezenet; inception gives FID and IS; default digitsnet or cifarnet
     samples:int=1000,            # Images compared; 50000 is usual for an FID
     guidance:float=1.5,          # Classifier-free guidance; 1 is off
     out:Path|None=None,     # JSON file for numbers and evaluation card
@@ -399,7 +404,10 @@ def eval(
     from ditnano.metrics import SMALL_SET, card, compare_small_sets, evaluate, metric_label, reference_set
     from ditnano.sampling import sample, sample_labels
     options = _image_options(size, channels, skip_damaged, columns)
-    model, reference, names = load_model(weights), reference_set(data, **options), extractors.split(',')
+    model = load_model(weights)
+    data = data or _training_data(model)
+    names = extractors.split(',') if extractors else ['digitsnet' if data.startswith('digits') else 'cifarnet']
+    reference = reference_set(data, **options)
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
     images, labels = sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg)
     numbers = evaluate(images, labels, reference, names, loss=loss, device=device)
@@ -414,6 +422,9 @@ def _image_options(size, channels, skip_damaged, columns):
     "Options of `load_images` that differ from its own."
     if (size, channels, skip_damaged, columns)==(None, 3, False, None): return {}
     return {'size':size, 'channels':channels, 'skip_damaged':skip_damaged, 'columns':columns, 'log':print}
+
+def _training_data(model):
+    return ((model.card or {}).get('config') or {}).get('data', {}).get('name', 'digits32')
 
 def _training_loss(model):
     known = model.card or {}
@@ -506,6 +517,10 @@ def bench(
 
     Example: ditnano bench train --busy 1
 
+    loading sets the first `sample` and the first epoch of pairs with their hashes compared beside those without.
+
+    Example: ditnano bench loading
+
     frame times single guided images; record writes latencies of PyTorch; both are records in the folder of runs, as the
     tables draw them: Table 5 needs guidance 1 and 1.5, and its GET model.
 
@@ -524,10 +539,12 @@ def bench(
     guided = (1.5 if what in ('frame', 'record') else 1.) if guidance is None else guidance
     if what=='tables':
         print(text_table(b.bench_models(backends=ways, batch=batch or 128, rounds=min(rounds, 2), device=device)))
-    if what=='train' and busy: rows = b.bench_busy(busy, students[0], batch or 32, rounds, loss)
-    elif what=='train': rows = b.bench_train(students, batch or 32, rounds, loss, device)
+    if what=='train':
+        rows = (b.bench_busy(busy, students[0], batch or 32, rounds, loss) if busy
+                else b.bench_train(students, batch or 32, rounds, loss, device))
     elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
     elif what=='recipes': rows = b.bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
+    elif what=='loading': rows = b.bench_loading(rounds, batch or 32)
     elif what=='frame': rows = b.bench_frames(students, runs_dir(), backends=ways, precisions=kinds, guidance=guided,
                                                 device=device)
     elif what=='web': rows = b.bench_web(students, runs_dir(), rounds, fetch=fetch)
@@ -657,8 +674,6 @@ def _notebooks(only):
 # What `best` computes on this machine, at scale cpu: Table 2's designs, not all
 MEASURED_HERE = {'latency':{'designs':[list(d) for d in DESIGNS][:6], 'off_for':[[5,64,8]]}, 'students':{}}
 
-def _measuring_scale()->Scale: return replace(s := load_scale('cpu'), experiments=s.experiments|MEASURED_HERE)
-
 def _stages(scale, notebooks):
     "Which notebooks run at which scale, in this order."
     if scale!='best': return [(scale, notebooks)]
@@ -667,7 +682,9 @@ def _stages(scale, notebooks):
     unknown = [p.stem for p in computing if p.stem not in MEASURED_HERE]
     if unknown and len(notebooks)<len(_notebooks(None)):
         raise ValueError(f"{unknown[0]} computes, and best only draws; expected --scale smoke, or another")
-    return [*((_measuring_scale(), [p]) for p in computing if p.stem in MEASURED_HERE), ('best', drawing)]
+    s = load_scale('cpu')
+    here = replace(s, experiments=s.experiments|MEASURED_HERE)
+    return [*((here, [p]) for p in computing if p.stem in MEASURED_HERE), ('best', drawing)]
 
 def _list_best(runs, out):
     from ditnano.lab.evidence import EXPERIMENT_FILTERS, best_scale, load_runs, rows_of

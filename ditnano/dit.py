@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['S', 'FORMAT', 'STUDENTS', 'Pretrained', 'DiT', 'check_inputs', 'check_images', 'check_labels', 'initialize_weights',
-           'randomize_weights', 'forward_with_cfg', 'save_student', 'shipped_students', 'hub_room', 'find_student',
+           'randomize_weights', 'forward_with_cfg', 'save_student', 'shipped_students', 'hub_module', 'find_student',
            'student_class', 'load_student']
 
 # %% ../nbs/12_dit.ipynb #0d0661a3
@@ -35,7 +35,7 @@ class Pretrained(nn.Module):
 
     def push_to_hub(self, repo_id:str, **hub:Any)->str:
         "Upload weights and card to the Hub; see `ditnano.interop.hub.push`."
-        return hub_room().push(self, repo_id, **hub)
+        return hub_module().push(self, repo_id, **hub)
 
     @classmethod
     def from_pretrained(cls:type[S], name:str|PathLike[str], revision:str|None=None)->S:
@@ -68,13 +68,13 @@ class DiT(Pretrained):
         feature_layers:Sequence[int]=(),        # Layers, from 1, whose tokens are wanted too
     )->Any: # Images (N, Co, R, R); with feature_layers also {layer: tokens (N, T, D)}
         check_inputs(self.cfg, x, t, y, label_drop_mask, feature_layers)
-        c,tapped = self.condition(t, y, label_drop_mask),{}  # (N, D)
+        c,features = self.condition(t, y, label_drop_mask),{} # (N, D)
         x = self.x_embedder(x) + self.pos_embed              # (N, T, D)
         for l,block in enumerate(self.blocks, 1):
             x = block(x, c)                                  # (N, T, D)
-            if l in feature_layers: tapped[l] = x
+            if l in feature_layers: features[l] = x
         x = self.decode(x, c)                                # (N, Co, R, R)
-        return (x, tapped) if feature_layers else x
+        return (x, features) if feature_layers else x
 
     def condition(self,
         t:torch.Tensor,                         # Times (N,)
@@ -199,7 +199,7 @@ def shipped_students()->list[str]: # Names that from_pretrained can load
     "The trained students that came with the package."
     return [n for n in STUDENTS if (weights_dir()/n/'model.safetensors').is_file()]
 
-def hub_room()->Any:
+def hub_module()->Any:
     "The module `ditnano.interop.hub`, imported only when the Hub is used."
     return importlib.import_module('ditnano.interop.hub')
 
@@ -210,7 +210,7 @@ def find_student(
     "The folder behind a name; nothing is fetched unless the name is a Hub id."
     path = Path(name).expanduser()
     is_id = isinstance(name, str) and re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name) and not path.parent.exists()
-    if is_id and str(name) not in STUDENTS: return hub_room().download(str(name), revision)
+    if is_id and str(name) not in STUDENTS: return hub_module().download(str(name), revision)
     if revision is not None: raise ValueError(f"revision {revision!r} of {name}: expected a Hub id, 'owner/name'")
     if str(name) in shipped_students(): return weights_dir()/str(name)
     if path.is_dir(): return path

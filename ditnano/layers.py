@@ -118,30 +118,31 @@ def _small_heads_need_grad(q): # in bfloat16 on a CPU, where tiles are faster th
     trains = q.requires_grad and torch.is_grad_enabled()
     return trains and q.device.type=='cpu' and q.dtype==torch.bfloat16 and not torch.compiler.is_compiling()
 
-def _weights(q, k): return torch.bmm(q*q.shape[-1]**-0.5, k.transpose(1,2)).softmax(-1) # (n, T, T)
+def _attention_weights(q, k): return torch.bmm(q*q.shape[-1]**-0.5, k.transpose(1,2)).softmax(-1) # (n, T, T)
 
 class TiledAttention(torch.autograd.Function):
     "Attention of (N*H, T, D/H) tensors in bfloat16, a tile of heads at a time; nothing of size T x T is kept."
     @staticmethod
     def forward(ctx, q, k, v):
         with torch.autocast(q.device.type, enabled=False):
-            given, (q,k,v) = q.dtype, (a.bfloat16().contiguous() for a in (q,k,v))
+            dtype, (q,k,v) = q.dtype, (a.bfloat16().contiguous() for a in (q,k,v))
             n = max(1, TILE//q.shape[1]**2)
-            out = torch.cat([torch.bmm(_weights(*a), b) for *a,b in zip(q.split(n), k.split(n), v.split(n))])
+            tiles = zip(q.split(n), k.split(n), v.split(n))
+            out = torch.cat([torch.bmm(_attention_weights(q, k), v) for q,k,v in tiles])
         ctx.save_for_backward(q, k, v, out)
-        ctx.given = given
-        return out.to(given)
+        ctx.dtype = dtype
+        return out.to(dtype)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, grad):
         *qkv,out = ctx.saved_tensors
-        whole, s = g.bfloat16().contiguous(), qkv[0].shape[-1]**-0.5
-        n, mean, grads = max(1, TILE//out.shape[1]**2), (whole*out).sum(-1, keepdim=True), []
-        for q,k,v,g,m in zip(*(a.split(n) for a in (*qkv,whole,mean))):
-            p = _weights(q, k)                                 # (n, T, T)
+        grad, s = grad.bfloat16().contiguous(), qkv[0].shape[-1]**-0.5
+        n, mean, grads = max(1, TILE//out.shape[1]**2), (grad*out).sum(-1, keepdim=True), []
+        for q,k,v,g,m in zip(*(a.split(n) for a in (*qkv,grad,mean))):   # n heads at a time
+            p = _attention_weights(q, k)                       # (n, T, T)
             d = torch.bmm(g, v.transpose(1,2)).sub_(m).mul_(p) # gradient of the scaled scores
             grads.append((torch.bmm(d,k)*s, torch.bmm(d.transpose(1,2),q)*s, torch.bmm(p.transpose(1,2),g)))
-        return tuple(torch.cat(a).to(ctx.given) for a in zip(*grads))
+        return tuple(torch.cat(a).to(ctx.dtype) for a in zip(*grads))
 
 # %% ../nbs/11_layers.ipynb #6226030f
 ATTENTION = ('fused','tiled','explicit')
@@ -152,7 +153,7 @@ def attention(
     v:torch.Tensor,      # Values, same shape
     backend:str='fused', # 'fused', 'tiled' or 'explicit'
 )->torch.Tensor:         # (N, H, T, D/H)
-    "softmax(q k' / sqrt(D/H)) v, by one fused kernel, tile by tile in bfloat16, or in the open."
+    "softmax(q k' / sqrt(D/H)) v, by one fused kernel, tile by tile in bfloat16, or by explicit matrix products."
     if backend=='fused' and not _small_heads_need_grad(q): return F.scaled_dot_product_attention(q, k, v)
     if backend in ('fused','tiled'): return TiledAttention.apply(*(a.flatten(0,1) for a in (q,k,v))).view_as(q)
     if backend!='explicit': raise ValueError(f"attention {backend!r}: expected one of {ATTENTION}")

@@ -14,7 +14,6 @@ __all__ = ['ROUNDING', 'EXTRACTORS', 'INCEPTION', 'SQUEEZENET', 'EFFICIENTNET', 
 import contextlib
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ from ditnano.repro import (
     import_guarded,
     library_versions,
     pick_device,
+    read_json,
     torch_home,
     weights_dir,
     write_json,
@@ -321,8 +321,7 @@ def load_reference(
     folder, where = weights_dir()/f'reference-{name}', f"reference {name!r}"
     if not (folder/'config.json').is_file():
         raise FileNotFoundError(f"{where}: no shipped statistics; expected the images themselves")
-    try: config = json.loads((folder/'config.json').read_text())
-    except ValueError: raise ValueError(f"{where}: config.json is altered; install the package again") from None
+    config = read_json(folder/'config.json')
     if split not in config['splits']:
         raise ValueError(f"{where}: split {split!r}; expected one of {', '.join(config['splits'])}")
     facts, file = config['splits'][split], folder/f'{split}.safetensors'

@@ -20,8 +20,6 @@ from .repro import pick_device
 # %% ../nbs/28_ranks.ipynb #1c4b175d
 MAX_WAIT_S = 1800 # Seconds that a process waits for the others; `DITNANO_MAX_WAIT` overrides it
 
-def _world(): return int(os.environ.get('WORLD_SIZE') or 1)
-
 def _max_wait(): return float(os.environ.get('DITNANO_MAX_WAIT') or MAX_WAIT_S)
 
 @contextlib.contextmanager
@@ -67,7 +65,7 @@ def gather_from_ranks(
     device='auto', # Where it trains
 )->list[Any]: # One value per process, in order
     "What every process of a distributed run says; an error names the rank where one does not answer."
-    if _world()==1: return [value]
+    if int(os.environ.get('WORLD_SIZE') or 1)==1: return [value]
     from accelerate.utils import gather_object
     with naming_rank(make_accelerator(device), 'gathering'): return gather_object([value])
 

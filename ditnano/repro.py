@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WEIGHT_FILES', 'LOCK_EXPIRY_S', 'LIBRARIES', 'sample_generator', 'noise_and_labels', 'derive_seed', 'parse_seeds',
            'content_hash', 'file_hash', 'state_hash', 'remove_leftovers', 'atomic', 'write_json', 'read_json',
-           'own_hash', 'is_system_file', 'save_weights', 'verified_hash', 'read_config', 'load_weights', 'lock',
-           'cache_dir', 'data_dir', 'weights_dir', 'torch_home', 'repo_root', 'project_folder', 'project_root',
-           'runs_dir', 'figures_dir', 'list_models', 'pick_device', 'to_device', 'exact_convolutions', 'import_guarded',
-           'library_versions', 'code_version', 'fingerprint']
+           'own_hash', 'write_hashed_json', 'read_hashed_json', 'is_system_file', 'save_weights', 'verified_hash',
+           'read_config', 'load_weights', 'lock', 'cache_dir', 'data_dir', 'weights_dir', 'torch_home', 'repo_root',
+           'project_folder', 'project_root', 'runs_dir', 'figures_dir', 'list_models', 'pick_device', 'to_device',
+           'exact_convolutions', 'import_guarded', 'library_versions', 'code_version', 'fingerprint']
 
 # %% ../nbs/00_repro.ipynb #10b89beb
 import contextlib
@@ -210,7 +210,8 @@ def _naming(path):
     "An error of the operating system while a file is written names the file."
     try: yield
     except OSError as e:
-        if e.filename is not None or not e.errno: raise
+        if e.filename is not None or not (e.errno or 'requested and' in str(e)): raise
+        if not e.errno: raise OSError(f"{path}: not written ({e})") from e   # numpy's
         raise type(e)(e.errno, f"{e.strerror}; not written", str(path)) from e
     except Exception as e:
         if type(e).__name__!='SafetensorError': raise   # without an import of safetensors
@@ -260,6 +261,26 @@ def own_hash(
     "Hash of all entries but `sha256`, which a file carries to be compared when it is read."
     return content_hash({k:v for k,v in entries.items() if k!='sha256'}, 64)
 
+
+# %% ../nbs/00_repro.ipynb #8c076737
+def write_hashed_json(
+    path:str|os.PathLike[str], # The file to write
+    entries:dict[str,Any],     # What to write
+):
+    "Save a JSON object with its own hash."
+    write_json(path, entries | {'sha256':own_hash(entries)})
+
+def read_hashed_json(
+    path:str|os.PathLike[str], # A file of `write_hashed_json`; those of earlier versions have no hash
+    names:set[str],            # Of the entries that it may have
+)->dict[str,Any]: # Without the hash
+    "Read a JSON object and compare its own hash."
+    found, whole = read_json(path), False
+    own = found.pop('sha256', None)
+    with contextlib.suppress(ValueError): whole = set(found)<=names and own in (None, own_hash(found))
+    if not whole: raise ValueError(f"{path}: damaged or altered; expected the entries that hash to its sha256")
+    return found
+
 def is_system_file(
     name:str, # A file's name
 )->bool:
@@ -308,14 +329,16 @@ _verified:dict[tuple[Any,...],str] = {}
 
 def verified_hash(
     path:str|os.PathLike[str], # A file
-    sha256:str|None=None,      # What its content must hash to; None only computes it
-)->str: # SHA-256, 64 hexadecimal digits
+    expected:str|None=None,    # What its content must hash to; None only computes it
+    checksum:Callable[[str|os.PathLike[str]],str]|None=None, # In place of `file_hash`, as `pairs.file_checksum`
+)->str: # SHA-256, 64 hexadecimal digits, or the other checksum
     "Check a file's content against its hash, once per process while the file stays as it is."
     s = os.stat(path)
-    key = str(Path(path).resolve()), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-    if key not in _verified: _verified[key] = file_hash(path)
-    if sha256 and _verified[key]!=sha256:
-        raise ValueError(f"{path}: damaged or altered; its SHA-256 is {_verified[key][:12]}, expected {sha256[:12]}")
+    key = checksum, str(Path(path).resolve()), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+    if key not in _verified: _verified[key] = (checksum or file_hash)(path)
+    if expected and _verified[key]!=expected:
+        name = 'checksum' if checksum else 'SHA-256'
+        raise ValueError(f"{path}: damaged or altered; its {name} is {_verified[key][:12]}, expected {expected[:12]}")
     return _verified[key]
 
 def read_config(
@@ -328,7 +351,7 @@ def read_config(
     found = read_json(path)
     if {'sha256','config_sha256'}.isdisjoint(found): return found
     expected = str(found.pop('config_sha256', 'missing'))
-    if content_hash({k:v for k,v in found.items() if k!='sha256'}, 64)!=expected or 'sha256' not in found:
+    if own_hash(found)!=expected or 'sha256' not in found:
         raise ValueError(f"{path}: damaged or altered; its entries do not hash to config_sha256 ({expected[:12]})")
     return found
 
@@ -390,7 +413,9 @@ def lock(
         try: _acquire(lease, path, wait)
         except Timeout:
             raise TimeoutError(f"{what}: {_lock_owner(lease)} holds it; expected it to end within {wait:g} s") from None
-    except OSError as e: raise _unwritable(path.parent, e) from None
+    except OSError as e:
+        if e.filename is None: raise type(e)(e.errno, f"{e.strerror}; not written", str(path)) from None
+        raise _unwritable(path.parent, e) from None
     try: yield
     finally: lease.release()
 
@@ -537,10 +562,12 @@ def import_guarded(
 # %% ../nbs/00_repro.ipynb #1d0b7796
 LIBRARIES = ('torch','torchvision','numpy','accelerate','lpips','torch-fidelity','safetensors','scikit-learn')
 
-def library_versions()->dict[str,str]: # Library name -> version, those that are installed
+def library_versions(
+    names:Sequence[str]=LIBRARIES, # Distributions
+)->dict[str,str]: # Python's version, and those of the libraries that are installed
     "Versions of the libraries that can change a number."
     out = {'python':platform.python_version()}
-    for name in LIBRARIES:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError): out[name] = version(name)
     return out
 

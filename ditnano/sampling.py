@@ -294,15 +294,14 @@ def _sample_stream(model, seeds, labels=None, guidance=1.5, backend='eager', pre
     step = build_sampler(model, guidance, backend, precision, device, batch)
     return seeds, _batches(step, model.cfg, seeds, labels, batch)
 
-def _filled(rows, n): return rows if rows is None else torch.cat([rows, rows[-1:].expand(n-len(rows), *rows.shape[1:])])
-
 def _batches(step, cfg, seeds, labels, batch):
     for i in range(0, len(seeds), batch):
         some = slice(i, i+batch)
         given = sample_inputs(seeds[some], cfg, step.device)
         if labels is not None: given = given[0],labels[some].to(step.device),given[2]
         n,y = len(given[1]),given[1].cpu()
-        if step.fixed_batch: given = [_filled(rows, batch) for rows in given]
+        if step.fixed_batch:
+            given = [r if r is None else torch.cat([r, r[-1:].expand(batch-n, *r.shape[1:])]) for r in given]
         x = step(*given)[:n].cpu()
         if not x.isfinite().all():
             raise FloatingPointError(f"seeds {seeds[some][0]}..{seeds[some][-1]}: the model's images are not finite")

@@ -201,8 +201,6 @@ def prepare_training(
 def _auxiliary_config(task, cfg): return task.auxiliary_config(cfg) if hasattr(task,'auxiliary_config') else cfg
 
 # %% ../nbs/31_train.ipynb #78828658
-def _move(batch, device): return tuple(to_device(b, device) if torch.is_tensor(b) else b for b in batch)
-
 def _autocast(device, cfg, **how):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision=='bf16', **how)
 
@@ -238,7 +236,7 @@ def train_step(
     "One optimiser step; everything random in it follows from `cfg.seed` and `state.step`."
     step = Step(state.step, cfg.batch, cfg.seed, accelerator.process_index, accelerator.num_processes)
     idx = step.shard(epoch_permutation(task.n, cfg.batch, state.step, cfg.seed))
-    batch = _move(state.batch(idx), accelerator.device)
+    batch = tuple(to_device(b, accelerator.device) if torch.is_tensor(b) else b for b in state.batch(idx))
     _set_learning_rate(state.optimizer, learning_rate(cfg, state.step))
     if graphed_step: loss = graphed_step(batch, step)
     else:
@@ -357,10 +355,10 @@ def make_graphed_step(
     return GraphedStep(task, cfg, state) if alone and supports_graph_capture(task) else None
 
 def compile_regions(
-    task:Task,           # Its model's transformer blocks, and the distance of its loss
+    task:Task,           # Its model's transformer blocks, and its loss if that is a module
     device:torch.device, # Where it trains
 )->bool: # Whether they will be compiled, at the first step
-    "Compile blocks and distance one by one: equal blocks share one compilation."
+    "Compile blocks and loss one by one: equal blocks share one compilation."
     try: torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
@@ -429,8 +427,8 @@ class RunFiles:
         "One training in a folder at a time: the first process holds the lock; the callback is closed at the end."
         with contextlib.ExitStack() as stack:
             if hasattr(callback,'close'): stack.callback(callback.close)
-            mine = lock(self.folder/'.train.lock', message=f'training in {self.folder}')
-            on_rank0(lambda: stack.enter_context(mine), self.device)
+            folder_lock = lock(self.folder/'.train.lock', message=f'training in {self.folder}')
+            on_rank0(lambda: stack.enter_context(folder_lock), self.device)
             yield
 
     def resume(self, state:State):

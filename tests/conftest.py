@@ -121,10 +121,10 @@ def new_programs():
 @pytest.fixture
 def draw(programs, tmp_path):
     "Runs a notebook of nbs/paper with values for its parameters, in a process of its own."
-    def run(name, **values):
+    def run(name, env=None, **values):
         path = ROOT/'nbs'/'paper'/f'{name}.ipynb'
         values = json.dumps({k: str(v) for k, v in values.items()})
-        done = programs.run(ROOT/'tests'/'run_notebook.py', path, ROOT, '', '', values, cwd=tmp_path)
+        done = programs.run(ROOT/'tests'/'run_notebook.py', path, ROOT, '', '', values, cwd=tmp_path, env=env)
         assert done.returncode == 0, (done.stdout+done.stderr)[-4000:]
     return run
 

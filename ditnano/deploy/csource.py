@@ -90,10 +90,6 @@ Another machine, with the package ziglang: make CC="python -m ziglang cc" ARCH="
 '''
 
 # %% ../../nbs/deploy/06_csource.ipynb #9b3527c3
-def _c_array(data):
-    rows = [','.join(map(str, data[i:i+32])) for i in range(0, len(data), 32)]
-    return '\n'.join(['_Alignas(64) const unsigned char student_array[] = {', ',\n'.join(rows), '};', ''])
-
 def write_source(
     model:DiT|FoldedDiT, # Of one step
     folder:"Path|str",    # An existing folder
@@ -113,7 +109,10 @@ def write_source(
     readme = README.format(depth=cfg.depth, width=cfg.width, size=cfg.image_size, classes=cfg.classes)
     (folder/'README.txt').write_text(readme)
     (folder/'student.bin').write_bytes(data)
-    if array: (folder/'student_array.c').write_text(_c_array(data))
+    if not array: return
+    rows = ',\n'.join(','.join(map(str, data[i:i+32])) for i in range(0, len(data), 32))
+    text = f'_Alignas(64) const unsigned char student_array[] = {{\n{rows}\n}};\n'
+    (folder/'student_array.c').write_text(text)
 
 # %% ../../nbs/deploy/06_csource.ipynb #7a69a77f
 WEB_FLAGS = '-DSTUDENT_NO_FILES','-mexec-model=reactor'

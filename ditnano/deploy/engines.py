@@ -18,6 +18,7 @@ from .folding import OneStep
 from .graph import build_onnx_model, one_step_graph
 from .native import Native, compiler
 from ..dit import check_inputs
+from ..train import capture_step
 
 
 # %% ../../nbs/deploy/03_engines.ipynb #a7e4d984
@@ -171,17 +172,9 @@ def engine(
 def cuda_graph(
     fn,            # What to capture, from tensors to a tensor
     static_inputs, # Its inputs, on the GPU; replays read them again
-    warmup:int=3,  # Calls beforehand, since a capture must not allocate or choose kernels
 ): # A function that replays, and the tensor that then holds the result
-    "Capture one call as a CUDA graph."
-    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(warmup): fn(*static_inputs)
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): out = fn(*static_inputs)
-    return graph.replay, out
+    "Capture one call as a CUDA graph, as a training step is recorded; a call of a network changes nothing."
+    return capture_step(lambda: fn(*static_inputs), restore=lambda: None)
 
 class CudaGraphModule:
     "A function of tensors, captured at the first call of each shape and replayed; where that fails, a warning says so."

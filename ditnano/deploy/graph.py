@@ -10,11 +10,11 @@ __all__ = ['FLOAT', 'FLOAT16', 'Node', 'PRECISIONS', 'OPSETS', 'FRACTIONS', 'Gra
 # %% ../../nbs/deploy/01_graph.ipynb #8bc25488
 import json
 from collections import namedtuple
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
 
+from .. import __version__
 from .folding import FoldedDiT, OneStep
 from ..repro import noise_and_labels
 
@@ -356,11 +356,8 @@ def build_onnx_model(
     inputs = [value('noise', TensorProto.FLOAT, [n,*image]), value('labels', TensorProto.INT64, [n])]
     graph = helper.make_graph(nodes, 'one_step', inputs, [value('images', TensorProto.FLOAT, [n,*image])], constants)
     sets = [helper.make_opsetid('', g.opset)]
-    try: release = version('ditnano')
-    except PackageNotFoundError: release = ''
     m = helper.make_model(graph, opset_imports=sets, ir_version=helper.find_min_ir_version_for(sets),
-                          producer_name='ditnano', producer_version=release)
+                          producer_name='ditnano', producer_version=__version__)
     helper.set_model_props(m, {k:v if isinstance(v,str) else json.dumps(v) for k,v in (notes or {}).items()})
     checker.check_model(m, full_check=True)
     return m
-

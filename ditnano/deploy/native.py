@@ -133,7 +133,7 @@ def library(
     folder = cache_dir()/'native' if folder is None else Path(folder)
     path = folder/f"{content_hash([design, *source, FLAGS, _version(cc), _processor()])}.so"
     note = path.with_suffix('.sha256')
-    if not (path.is_file() and note.is_file() and note.read_text()==file_hash(path)):
+    if not (path.is_file() and note.is_file() and note.read_bytes()==file_hash(path).encode()):
         _compile(cc, design, path)
         with atomic(note) as tmp: tmp.write_text(file_hash(path))
     try: return _declared(ctypes.CDLL(str(path)))

@@ -40,6 +40,10 @@ def read_card(
     except ValueError: raise UserError("card.json is damaged; copy the folder again") from None
     for k in ('design','weights','guidance','shape','labels','files'):
         if not (isinstance(card, dict) and k in card): raise UserError(f"card.json has no {k!r}; {made}")
+    text = json.dumps({k:v for k,v in card.items() if k!='sha256'}, sort_keys=True, separators=(',',':'))
+    hashed = 'sha256' in card or 'programs' in card   # cards of before 0.2 have neither
+    if hashed and card.get('sha256')!=hashlib.sha256(text.encode()).hexdigest():
+        raise UserError("card.json is damaged or altered (SHA-256); copy the folder again")
     return card
 
 def check_file(
@@ -535,11 +539,26 @@ def main(
 # %% ../../nbs/deploy/05_runner.ipynb #3c64528b
 RUN_PY = '''#!/usr/bin/env python3
 "Check, time and use the student in this folder: python run.py --help"
+import hashlib
+import json
 import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+def check_programs():
+    "Compare the programs beside this one before they run; a damaged card is reported by the runner."
+    try: hashes = dict(json.loads((FOLDER/'card.json').read_bytes())['programs'])
+    except (OSError, ValueError, KeyError, TypeError): return
+    for name, sha256 in hashes.items():
+        if not (FOLDER/name).is_file(): sys.exit("run.py: %s is missing; copy the folder again" % name)
+        if hashlib.sha256((FOLDER/name).read_bytes()).hexdigest()!=sha256:
+            sys.exit("run.py: %s is damaged or altered (SHA-256); copy the folder again" % name)
 
 try: import numpy
 except ImportError: sys.exit("run.py: numpy is not installed: pip install numpy")
 
+check_programs()
 from runner import main
 
 if __name__=='__main__': sys.exit(main())

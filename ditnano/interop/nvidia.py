@@ -175,10 +175,6 @@ def build_released(
 RELEASED = 'edm-cifar10-32x32-cond-vp'   # NVIDIA's file, without its ending
 _ENDINGS = ('.pkl','.pt','.pth')
 
-def _default_name(net, path):
-    same = type(net).__name__=='EDMPrecond' and net.cfg==UNetConfig() and net.sigma_data==0.5
-    return 'edm-cifar10-vp' if same else path.stem
-
 def convert_checkpoint(
     path, # A released .pkl, or a state dict by `torch.save`
 )->Path: # A folder for `load_teacher`, in the cache
@@ -192,7 +188,9 @@ def convert_checkpoint(
     weights, info = read_checkpoint(path)
     try: net = build_released(weights, info)
     except ValueError as e: raise ValueError(f"{path.name}: {e}") from None
-    folder = cache_dir()/'teachers'/info['sha256'][:16]/_default_name(net, path)
+    paper_teacher = type(net).__name__=='EDMPrecond' and net.cfg==UNetConfig() and net.sigma_data==0.5
+    name = 'edm-cifar10-vp' if paper_teacher else path.stem
+    folder = cache_dir()/'teachers'/info['sha256'][:16]/name
     save_teacher(net, folder, json.loads(json.dumps({'source':path.name} | info), parse_constant=str), half=False)
     return folder
 

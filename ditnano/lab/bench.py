@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COST_ROWS', 'TABLE_2', 'TABLE_5', 'BACKENDS', 'FRAME_BACKENDS', 'FRAME_COLUMNS', 'EXPORT_FILES', 'bench_train',
-           'fair_share', 'bench_busy', 'bench_pairs', 'cost_run', 'bench_recipes', 'bench_tables', 'bench_models',
-           'frame_run', 'bench_frames', 'bench_records', 'web_run', 'bench_web', 'speed_run', 'export_run', 'sheet_run']
+           'fair_share', 'bench_busy', 'bench_pairs', 'bench_loading', 'cost_run', 'bench_recipes', 'bench_tables',
+           'bench_models', 'frame_run', 'bench_frames', 'bench_records', 'web_run', 'bench_web', 'speed_run',
+           'export_run', 'sheet_run']
 
 # %% ../../nbs/lab/05_bench.ipynb #5170d0b9
 import contextlib
@@ -21,29 +22,39 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+import torch
+
+from .. import latency
 from ..config import DESIGNS, DiTConfig, GETConfig, Scale, TrainConfig, UNetConfig
-from .execute import latency_config, latency_run
+from ..deploy.browser import GUIDANCES, browser_frame, browser_times, browser_version, missing_tools, ort_web
+from ..deploy.export import quality, to_onnx, to_openvino, weights_hash
+from ..deploy.native import c_source
+from ..distill.base import GETRecipe
+from ..distill.recipes import recipe_cost
+from ..dit import DiT, find_student, randomize_weights
+from ..edm import EDMPrecond, load_teacher
+from ..get import GET
+from .execute import latency_config, latency_run, machine_of
 from .experiments import EVAL_SEED, as_student
 from .processes import Children, end_with_parent
 from .runs import run_once
+from ..latency import interleaved
+from ..losses import get_loss
+from ..pairs import PairDataset, frozen_copy, make_pairs, pairs_recipe, sample_pairs
 from ..principles import count_flops, count_params
 from ..repro import content_hash, fingerprint, pick_device, read_config
+from ..sampling import balanced_labels, sample, save_grid
+from ..train import RECORD_AFTER, fit
+from ..unet import SongUNet
 
 # %% ../../nbs/lab/05_bench.ipynb #54a6b9f6
-def _random_pairs(size, folder):
+def _random_pairs(size, folder, count=256):
     "Pairs of an untrained teacher."
-    from ditnano.edm import EDMPrecond
-    from ditnano.pairs import PairDataset, make_pairs
-    from ditnano.unet import SongUNet
     tiny = UNetConfig(model_channels=8, channel_mult=(1,1), num_blocks=1, attn_resolutions=(), image_size=size)
-    return PairDataset(make_pairs(EDMPrecond(SongUNet(tiny)), 256, folder, steps=1, name='untrained'))
+    return PairDataset(make_pairs(EDMPrecond(SongUNet(tiny)), count, folder, steps=1, name='untrained'))
 
 def _bare_loop(cfg, loss, batch, precision, device):
     "A function that makes so many bare training steps."
-    import torch
-
-    from ditnano.dit import DiT
-    from ditnano.losses import get_loss
     model, match, (z, x, y) = DiT(cfg).to(device).train(), get_loss(loss).to(device), [t.to(device) for t in batch]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type in ('cpu','cuda'))
     def run(steps):
@@ -66,7 +77,6 @@ def _time_bare(run, steps):
 # %% ../../nbs/lab/05_bench.ipynb #6b1f30c2
 def _time_fit(task, how, device, log_every, **limits):
     "Wall and CPU seconds of a step of `fit`, from the first line of its history to the last; whether it was recorded."
-    from ditnano.train import fit
     seen = [(0, time.perf_counter(), time.process_time())]
     def note(line): seen.append((line['step'], time.perf_counter(), time.process_time()))
     with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +86,6 @@ def _time_fit(task, how, device, log_every, **limits):
     return wall, cpu, state.recorded
 
 def _train_row(cfg, data, batch, rounds, loss, precision, device, steps):
-    import torch
-
-    from ditnano.distill.base import GETRecipe
-    from ditnano.train import RECORD_AFTER
     if device.type=='cuda': steps = max(steps, RECORD_AFTER+2)   # what is timed begins after the recording
     task, how = GETRecipe(cfg, data, loss), TrainConfig(images=10**9, batch=batch, precision=precision)
     bare = _bare_loop(cfg, loss, data.batch(torch.arange(batch)%len(data)), precision, device)
@@ -138,7 +144,6 @@ def _thread_settings(cores):
 
 def _trainer():
     "What a process of `bench_busy` does: one rate for each line that it reads."
-    from ditnano.distill.base import GETRecipe
     job = json.loads(sys.stdin.readline())
     end_with_parent(job['parent'])
     how = TrainConfig(images=10**9, batch=job['batch'], precision='bf16')
@@ -197,11 +202,6 @@ def bench_pairs(
     device:str='auto',      # Where
 )->list: # One dict per precision: pairs/s of both samplers, their ratio, the relative difference of the images
     "Pairs per second of ours beside the plain float32 sampler."
-    import torch
-
-    from ditnano.edm import load_teacher
-    from ditnano.latency import paired_timing
-    from ditnano.pairs import frozen_copy, pairs_recipe, sample_pairs
     device, net, rows = pick_device(device), load_teacher(teacher), []
     plain, ours, exact = net.to(device), frozen_copy(net, device), pairs_recipe(net, net.name, steps)
     def drawn(precision):
@@ -209,14 +209,59 @@ def bench_pairs(
         return torch.inference_mode()(sample_pairs)(ours, range(batch), recipe, device)[1]
     reference = sample_pairs(plain, range(batch), exact, device)[1]
     for precision in ('fp32','bf16'):
-        both = paired_timing(lambda: sample_pairs(plain, range(batch), exact, device), partial(drawn, precision),
-                             rounds, device, batch, max_warmup=1)
+        both = latency.paired_timing(lambda: sample_pairs(plain, range(batch), exact, device),
+                                     partial(drawn, precision), rounds, device, batch, max_warmup=1)
         away = (drawn(precision)-reference).square().mean()/reference.square().mean()
         rows.append({'teacher':net.name, 'ours in':precision, 'steps':steps, 'batch':batch,
                      'plain fp32 (pairs/s)':both.rates[0], 'ours (pairs/s)':both.rates[1], 'ratio':both.ratio,
                      'quartiles':f'{both.low:.2f}-{both.high:.2f}', 'relative difference':away.sqrt().item(),
                      'threads':torch.get_num_threads()})
     return rows
+
+# %% ../../nbs/lab/05_bench.ipynb #9cf6c886
+_SAMPLE = '''import sys
+from ditnano import cli, repro
+if sys.argv[1]=='without': repro.verified_hash = lambda path, expected=None, **how: expected
+cli.main(sys.argv[2:])'''
+
+def _cpu_seconds():
+    "Of this process and of those that it waited for."
+    import resource
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime+u.ru_stime for u in used)
+
+def _sample_once(side, folder, weights):
+    command = ['sample','--weights',weights,'--out',str(Path(folder)/'sheet.png'),'--device','cpu']
+    subprocess.run([sys.executable,'-c',_SAMPLE,side,*command], check=True, stdout=subprocess.DEVNULL)
+
+def _read_epoch(check, folder, batch):
+    "The first epoch after the files became new."
+    for file in folder.glob('*.safetensors'): file.touch()
+    data = PairDataset(folder, check=check)
+    for indices in torch.randperm(len(data)).split(batch): data.batch(indices)
+
+def _loading_row(what, call, rounds):
+    sides = {side:partial(call, side) for side in ('with','without')}
+    seconds = {k:[t for t,_ in v] for k,v in interleaved(sides, rounds, clock=_cpu_seconds).items()}
+    costs = [a/b-1 for a,b in zip(*seconds.values(), strict=True)]
+    return {'what':what, **{f'{k} (CPU s)':median(v) for k,v in seconds.items()}, 'cost (%)':100*median(costs),
+            'range (%)':f'{100*min(costs):.1f} to {100*max(costs):.1f}', 'rounds':rounds}
+
+# %% ../../nbs/lab/05_bench.ipynb #40959fcb
+def bench_loading(
+    rounds:int=3,     # Of `ditnano sample` on each side; of the epoch ten times as many
+    batch:int=32,     # Pairs at once
+    count:int=4000,   # Pairs
+    size:int=32,      # Side of their images in pixels
+    weights:str='nano-digits', # A student, for `ditnano sample`
+)->list: # One dict each for sampling and an epoch: CPU seconds with and without verification, and its cost in percent
+    "What verification adds to the start of `ditnano sample` and to reading an epoch of pairs."
+    with tempfile.TemporaryDirectory() as folder:
+        _random_pairs(size, Path(folder)/'pairs', count)
+        def sample(side): _sample_once(side, folder, weights)
+        def read(side): _read_epoch({'with':'size','without':None}[side], Path(folder)/'pairs', batch)
+        return [_loading_row('ditnano sample', sample, rounds),
+                _loading_row(f'an epoch of {count:,} pairs, {size} px', read, 10*rounds)]
 
 # %% ../../nbs/lab/05_bench.ipynb #6304b1b6
 COST_ROWS = {  # recipe, options, fields of the student that differ
@@ -244,12 +289,10 @@ def cost_run(
     device:str='auto', # Where
 )->dict: # The record, with images_per_s, peak_mb, before_mb among its metrics
     "Measure what one recipe costs on this machine, unless it is done."
-    from ditnano.distill.recipes import recipe_cost
     where = fingerprint(pick_device(device))
     request = _cost_request(name, design, loss=scale.loss, batch=scale.batch, precision=scale.precision,
                             teacher=scale.teacher, assistant=list(assistant), seconds=seconds)
-    machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
-    config = request | {'name':name, 'student':request['student'].to_dict(), 'machine':machine}
+    config = request | {'name':name, 'student':request['student'].to_dict(), 'machine':machine_of(where)}
     def compute(folder): return {'metrics':recipe_cost(**request, device=device), 'device':where}
     return run_once(root, 'cost', config, compute, name, scale.name)
 
@@ -261,7 +304,6 @@ def bench_recipes(
     **how,             # precision, teacher, assistant, seconds, device, as for `distill.recipe_cost`
 )->list: # One dict per recipe: images/s, speed over the first recipe's, peak memory
     "What each recipe costs on this machine."
-    from ditnano.distill.recipes import recipe_cost
     costs = {name:recipe_cost(**_cost_request(name, design, loss=loss, batch=batch, **how)) for name in COST_ROWS}
     first = next(iter(costs.values()))['images_per_s']
     return [{'recipe':name, 'images/s':c['images_per_s'], 'speed':c['images_per_s']/first, 'peak MB':c['peak_mb'],
@@ -274,8 +316,7 @@ BACKENDS = ('eager','native','openvino')
 
 def _measure_limits(device, before=None):
     "FLOP/s by precision, and bytes/s; never less than what was seen before."
-    from ditnano.latency import copy_bandwidth, gemm_rate
-    now = {p:gemm_rate(p, device) for p in ('fp32','bf16')}|{'copy':copy_bandwidth(device)}
+    now = {p:latency.gemm_rate(p, device) for p in ('fp32','bf16')}|{'copy':latency.copy_bandwidth(device)}
     return {k:max(v, (before or {}).get(k, 0)) for k,v in now.items()}
 
 # %% ../../nbs/lab/05_bench.ipynb #6157c40c
@@ -290,19 +331,19 @@ def bench_tables(
     limits:dict=None,   # As found here before; what is found now is written into it
 )->list: # One dict per design, back-end and precision
     "Latency in Table 2's form for this machine, with percentiles and the share of its limit."
-    from ditnano.latency import bench_sampling, exponential_rate, head_rate, share_of_limit
     device, limits, rows = pick_device(device), {} if limits is None else limits, []
     limits |= _measure_limits(device, limits)
-    timed = bench_sampling([as_student(d) for d in designs], batch, backends, precisions, guidance, rounds, device)
+    configs = [as_student(d) for d in designs]
+    timed = latency.bench_sampling(configs, batch, backends, precisions, guidance, rounds, device)
     limits |= _measure_limits(device, limits)
-    heads = cache(lambda cfg, kind: head_rate(cfg, kind, device))
-    exponentials = cache(lambda kind: exponential_rate(kind, device))
+    heads = cache(lambda cfg, kind: latency.head_rate(cfg, kind, device))
+    exponentials = cache(lambda kind: latency.exponential_rate(kind, device))
     for r in timed:
         cfg = as_student(r['design'])
         kind = 'fp32' if r['precision']=='fp32' else 'bf16'
         inside = dict(heads=heads(cfg, kind), exponentials=exponentials(kind))
-        limit = share_of_limit(r['p50_ms']/1e3, cfg, batch, limits[kind], limits['copy'], guidance,
-                               4 if kind=='fp32' else 2, **inside)
+        limit = latency.share_of_limit(r['p50_ms']/1e3, cfg, batch, limits[kind], limits['copy'], guidance,
+                                       4 if kind=='fp32' else 2, **inside)
         rows.append({'depth':cfg.depth, 'width':cfg.width, 'heads':cfg.heads, 'params':count_params(cfg),
                      'deployed':count_params(cfg, folded=True),
                      **{k:r[k] for k in ('backend','precision','p50_ms','p90_ms','p99_ms','seconds_50k')},
@@ -320,13 +361,11 @@ def bench_models(
     device:str='auto',   # Where
 )->list: # One dict per model
     "Latency in Table 5's form for this machine, one pass without guidance."
-    from ditnano.dit import randomize_weights
-    from ditnano.get import GET
-    from ditnano.latency import time_sampling
     rows, limits = [], {}
     students = bench_tables([student], backends, batch, rounds, device=device, limits=limits)
     for cfg in (GETConfig(*m) for m in models):
-        t = time_sampling(randomize_weights(GET(cfg)), batch, 50_000, rounds, None, device=device, max_seconds=6)
+        model = randomize_weights(GET(cfg))
+        t = latency.time_sampling(model, batch, 50_000, rounds, None, device=device, max_seconds=6)
         share = batch*count_flops(cfg)/limits['fp32']/(t['p50_ms']/1e3)
         rows.append({'model':f'GET ({cfg.depth}, {cfg.width}, {cfg.heads})', 'params':count_params(cfg),
                      'backend':'eager', 'precision':'fp32',
@@ -341,17 +380,15 @@ FRAME_COLUMNS = 'p50_ms','p99_ms','frames_per_s','settled'
 
 def _c_hash():
     "What the engines in C are compiled from."
-    from ditnano.deploy.native import c_source
     return content_hash([p.read_text() for p in sorted(c_source('wasm.c').parent.glob('*.[ch]'))])
 
 def _here(backends):
     "Those that are here; a line says what the browser lacks."
-    from ditnano.deploy.browser import missing_tools
     missing = missing_tools() if 'browser' in backends else []
     if missing: print(f"skipped: browser (not installed: {'; '.join(missing)})")
     return [b for b in backends if not (missing and b=='browser')]
 
-# %% ../../nbs/lab/05_bench.ipynb #dcb93b4e
+# %% ../../nbs/lab/05_bench.ipynb #3c1bf479
 def frame_run(
     design,              # (depth, width, heads)
     root,                # Folder of runs
@@ -363,9 +400,6 @@ def frame_run(
     device:str='auto',   # Where PyTorch computes
 )->dict: # The record; its metrics are '<back-end> <precision> <what>'
     "Time single images of one design under every back-end, unless it is done."
-    from ditnano.deploy.browser import browser_frame, browser_version
-    from ditnano.dit import DiT, randomize_weights
-    from ditnano.latency import frame_time
     cfg, device, backends = as_student(design), pick_device(device), _here(backends)
     where, page = fingerprint(device), 'browser' in backends
     machine = {k:where[k] for k in ('device','device_name','cores','threads')} | {'torch':where['libraries']['torch']}
@@ -374,14 +408,14 @@ def frame_run(
               'frames':frames, 'source':_c_hash(), 'machine':machine}
     def compute(folder):
         model = randomize_weights(DiT(cfg), 1)
-        rows = frame_time(model, [b for b in backends if b!='browser'], precisions, guidance, frames, device)
+        rows = latency.frame_time(model, [b for b in backends if b!='browser'], precisions, guidance, frames, device)
         if page: rows.append(browser_frame(model, guidance, frames))
         metrics = {f"{r['backend']} {r['precision']} {k}":float(r[k]) for r in rows for k in FRAME_COLUMNS}
         return {'metrics':metrics, 'samples':frames, 'device':where|machine}
     return run_once(root, 'frame', config, compute, f'frame time {tuple(design)}', scale)
 
 
-# %% ../../nbs/lab/05_bench.ipynb #c7623835
+# %% ../../nbs/lab/05_bench.ipynb #975fc5bc
 def bench_frames(
     designs, # (depth, width, heads) of students
     root,    # Folder of runs
@@ -398,7 +432,7 @@ def bench_frames(
             rows.append(row | {k:m[f'{side} {k}'] for k in FRAME_COLUMNS} | {'record':f"frame-{record['key']}"})
     return rows
 
-# %% ../../nbs/lab/05_bench.ipynb #a4501822
+# %% ../../nbs/lab/05_bench.ipynb #c02d9c83
 def bench_records(
     designs,              # (depth, width, heads) of students
     root,                 # Folder of runs
@@ -431,8 +465,6 @@ def web_run(
     ort:Path|None=None, # From `browser.ort_web`; None leaves onnxruntime-web out
 )->dict: # The record; its metrics are '<engine> <what>'
     "Time our page's engine beside others in one headless Chromium, unless it is done."
-    from ditnano.deploy.browser import GUIDANCES, browser_times, browser_version, missing_tools
-    from ditnano.deploy.export import weights_hash
     if missing := missing_tools(): raise RuntimeError(f"bench web: not installed: {'; '.join(missing)}")
     (model, _), where = _load_or_random(student), fingerprint(pick_device('cpu'))
     machine = {k:where[k] for k in ('device_name','cores')} | {'browser':browser_version()}
@@ -455,7 +487,6 @@ def bench_web(
     scale:str='bench',  # Name of the scale
 )->list: # One dict per student and engine; ratios to the first engine, with the folder of the record
     "Milliseconds and bytes of our page's engine, plain loops and onnxruntime-web, as records."
-    from ditnano.deploy.browser import ort_web
     try: ort = ort_web(fetch)
     except FileNotFoundError as e: ort = print(f"skipped: {e}")
     rows = []
@@ -484,9 +515,8 @@ def speed_run(
 )->dict: # The record; its metrics are '<back-end> <precision> <what>', and the machine's limits
     "Time one design under every back-end in turns, without guidance, unless it is done."
     where = fingerprint(pick_device(device))
-    machine = {k:where[k] for k in ('device','device_name','threads')} | {'torch':where['libraries']['torch']}
     config = {'student':as_student(design).to_dict(), 'backends':list(backends), 'batch':batch, 'rounds':rounds,
-              'guidance':1.0, 'machine':machine}
+              'guidance':1.0, 'machine':machine_of(where)}
     def compute(folder):
         limits = {}
         kept = ('p50_ms','p90_ms','p99_ms','times as fast','error','share of limit')
@@ -502,13 +532,11 @@ EXPORT_FILES = {'onnx fp32':('onnx','fp32'), 'onnx fp16':('onnx','fp16'), 'onnx 
 
 def _load_or_random(student):
     "A trained student by name, or a design with random weights."
-    from ditnano.dit import DiT, randomize_weights
     trained = isinstance(student, str)
     return (DiT.from_pretrained(student) if trained else randomize_weights(DiT(as_student(student)), 1)).eval(), trained
 
 def _file_numbers(model, file, path, extractor, samples, data):
     "Bytes and error of one file and, with samples, the extractor's metrics."
-    from ditnano.deploy.export import quality, to_onnx, to_openvino
     form, precision = EXPORT_FILES[file]
     made = (to_onnx if form=='onnx' else to_openvino)(model, path/f"file.{'onnx' if form=='onnx' else 'xml'}",
                                                       precision)
@@ -526,7 +554,6 @@ def export_run(
     root,           # Folder of runs
 )->dict: # The record; bytes, error and the extractor's metrics among its metrics
     "Write one file, measure it, and keep the record, unless it is done."
-    from ditnano.deploy.export import weights_hash
     if file not in EXPORT_FILES: raise ValueError(f"file {file!r}; expected one of {', '.join(EXPORT_FILES)}")
     (model, trained), where = _load_or_random(student), fingerprint(pick_device('cpu'))
     name, samples = (Path(student).name if trained else 'random'), scale.samples if trained else 0
@@ -545,9 +572,6 @@ def sheet_run(
     scale:str, # Name of the scale under which it is filed
 )->dict: # The record; its picture is samples.png, ten columns, a class each
     "Draw with a trained student, unless that is done."
-    from ditnano.deploy.export import weights_hash
-    from ditnano.dit import DiT, find_student
-    from ditnano.sampling import balanced_labels, sample, save_grid
     model, card = DiT.from_pretrained(name), read_config(find_student(name)).get('card') or {}
     made = card.get('config') or {}
     trained = {k:card.get(k) for k in ('scale','key','samples')} | {k:made.get(k) for k in ('data','loss','train')}

@@ -22,8 +22,15 @@ import pandas as pd
 
 from ..config import DiTConfig, GETConfig, Scale, TrainConfig, UNetConfig, load_scale
 from .evidence import evidence_folders, matching
-from .execute import run_label
-from .experiments import BASE, EXPERIMENTS, as_student, assistant_config, experiment_configs, scale_content
+from ditnano.lab.experiments import (
+    BASE,
+    EXPERIMENTS,
+    as_student,
+    assistant_config,
+    experiment_configs,
+    run_label,
+    scale_content,
+)
 from .runs import Run, read_result
 from .statistics import MIN_DEGREES_OF_FREEDOM
 from ..principles import count_flops, count_params

@@ -20,7 +20,16 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .execute import NOT_STARTED, HeldElsewhere, TimeLimitReached, distill_run, run_label
+from ditnano.lab.execute import (
+    NOT_STARTED,
+    HeldElsewhere,
+    TimeLimitReached,
+    deadline_in,
+    distill_run,
+    minutes_left,
+    rank_and_world,
+)
+from .experiments import run_label
 from .processes import Children, RunsInProgress, end_with_parent, sigterm_interrupts
 from .runs import Run, read_result
 from ..repro import pick_device
@@ -30,10 +39,7 @@ from ..repro import pick_device
 SHUTDOWN_MARGIN_S = 45
 HELD = 'held: '   # before the reason
 
-def _deadline(minutes): return math.inf if minutes==math.inf else time.monotonic()+60*minutes
-def _minutes_left(deadline): return None if deadline==math.inf else (deadline-time.monotonic())/60
 def _shutdown_margin(minutes): return 0 if minutes==math.inf else min(SHUTDOWN_MARGIN_S, 6*minutes)
-def _distributed(): return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
 def _run_one(config, root, scale, device, minutes=None, wait=math.inf):
     "The record of a run, or a message when time is up."
@@ -108,7 +114,9 @@ class _Queue:
                 return
             if outcome==NOT_STARTED: outcome = self.held.get(n, outcome)
             self.outcomes[n] = outcome
-        text = _short_result(outcome) if isinstance(outcome, dict) else outcome
+        text = outcome
+        if isinstance(outcome, dict):
+            text = ', '.join(f'{k} {v:.3g}' for k,v in outcome['metrics'].items()) + f" ({outcome['seconds']:.0f} s)"
         if outcome!=NOT_STARTED: self.log(f'{n+1} of {len(self.configs)}: {run_label(self.configs[n])} {text}')
 
     def work(self, compute):
@@ -120,9 +128,6 @@ class _Queue:
             except Exception as e:
                 self.failures[n] = f"{Run(self.root,'distill',config).folder.name}: {type(e).__name__}: {e}"
 
-def _short_result(record):
-    return ', '.join(f'{k} {v:.3g}' for k,v in record['metrics'].items()) + f" ({record['seconds']:.0f} s)"
-
 # %% ../../nbs/lab/04_sweep.ipynb #c2172d18
 def _work_locally(queue, compute, local):
     "Workers take runs from the queue; an interruption ends their processes before it goes on."
@@ -132,9 +137,6 @@ def _work_locally(queue, compute, local):
         except BaseException:
             local.children.stop()
             raise
-
-def _default_workers(device):
-    return 1 if pick_device(device).type=='cuda' else os.cpu_count() or 1
 
 # %% ../../nbs/lab/04_sweep.ipynb #f8d1967d
 SLURM_MINUTES = 240    # Limit of a Slurm job for which nothing gives one
@@ -270,19 +272,19 @@ def sweep(
     **slurm,               # Settings of submitit's executor, as `slurm_settings` gives them
 )->list: # Records of the finished runs, known ones first
     "Compute the missing runs; a failed one does not stop the others, and is named at the end."
-    rank, world = _distributed()
+    rank, world = rank_and_world()
     _check_sweep(executor, world)
     if rank: log = lambda line: None
     evidence = [evidence_folder] if isinstance(evidence_folder, (str, Path)) else list(evidence_folder)
     configs, elsewhere = _split_known(_resumable_first(configs, root), root, evidence)
     if elsewhere:
         log(f"{len(elsewhere)} run{'s'*(len(elsewhere)>1)} found in {' and '.join(Path(f).name for f in evidence)}")
-    queue, deadline = _Queue(configs, root, log), _deadline(minutes-_shutdown_margin(minutes)/60)
+    queue, deadline = _Queue(configs, root, log), deadline_in(minutes-_shutdown_margin(minutes)/60)
     def inline(config, wait):
-        return _run_one(config, root, scale, device, _minutes_left(deadline), math.inf if world>1 else wait)
-    workers = workers or (_default_workers(device) if executor=='processes' else 1)
+        return _run_one(config, root, scale, device, minutes_left(deadline), math.inf if world>1 else wait)
+    workers = workers or (1 if executor!='processes' or pick_device(device).type=='cuda' else os.cpu_count() or 1)
     local = _LocalProcesses(workers, _shutdown_margin(minutes), queue.progress)
-    def in_process(config, wait): return local(config, root, scale, device, _minutes_left(deadline), wait)
+    def in_process(config, wait): return local(config, root, scale, device, minutes_left(deadline), wait)
     try:
         with sigterm_interrupts():
             if executor=='slurm': _work_on_slurm(queue, root, scale, device, minutes, slurm|{'job_minutes':job_minutes})

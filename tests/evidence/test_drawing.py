@@ -1,5 +1,6 @@
 "Drawings into a new folder, and from a scale of which only a part has been run."
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,11 @@ def made_up(root, share):
 @pytest.mark.parametrize('share', [0.3, 1.0])
 def test_tables_of_a_partly_finished_night(share, draw, tmp_path):
     made_up(tmp_path/'runs', share)
+    for folder in (ROOT/'paper_figures'/'evidence').glob('latency-*'):   # without the night's own records
+        shutil.copytree(folder, tmp_path/'latencies'/folder.name)
     for name in ('table_2', 'table_5', 'figure_4'):
-        draw(name, scale='best', runs=tmp_path/'runs', out=tmp_path/'out')
+        draw(name, {'DITNANO_EVIDENCE': str(tmp_path/'latencies')}, scale='best', runs=tmp_path/'runs',
+             out=tmp_path/'out')
     table = (tmp_path/'out'/'table_2.md').read_text()
     assert 'scale night' in table and 'here, 32x32 (s)' in table and 'parameters counted at 32x32' in table
     assert ('not run yet' in table) == (share < 1)

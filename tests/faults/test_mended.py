@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ditnano import cli, repro
+from ditnano.config import DiTConfig
+from ditnano.deploy import native
 from ditnano.images import load_images
 from ditnano.lab.doctor import verify
 from ditnano.lab.processes import sigterm_interrupts
@@ -37,7 +39,11 @@ def with_python(path): path.write_bytes(bytes(5000))
 def with_rust(path): save_file({'x': torch.zeros(5000)}, path)
 
 
-@pytest.mark.parametrize('write', [with_python, with_rust])
+def with_numpy(path):
+    with open(path, 'wb') as f: np.save(f, np.zeros(5000))
+
+
+@pytest.mark.parametrize('write', [with_python, with_rust, with_numpy])
 def test_a_file_without_room_is_named_whoever_writes_it(write, tmp_path, small_files):
     assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN   # as Python has it
     (tmp_path/'kept.bin').write_text('before')
@@ -80,6 +86,15 @@ def test_a_manifest_that_was_altered_is_refused_and_found_by_the_doctor(tmp_path
     earlier = {k: v for k, v in json.loads(text).items() if k != 'sha256'}   # as earlier versions wrote it
     file.write_text(json.dumps(earlier))
     assert PairDataset(tmp_path/'p').hash == before and read_manifest(tmp_path/'p') == earlier
+
+
+def test_a_lock_without_room_is_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(OSError, match=r'not written.*\.lock'), lock(tmp_path/'.lock'): pass
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with lock(tmp_path/'.lock', wait=0): pass
 
 
 @pytest.mark.parametrize('content', ['', 'filelock/2\npid=', 'no record'])
@@ -141,3 +156,14 @@ def test_a_stop_that_a_compiled_module_turns_into_an_error_is_a_stop(number, mon
     monkeypatch.setattr(cli, 'with_help', lambda command: command)
     with pytest.raises(SystemExit) as e: cli.main(['design'])
     assert e.value.code == 128+number and 'ditnano: stopped' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.compiler() is None, reason='no C compiler installed')
+def test_compiled_code_whose_hash_is_no_text_is_compiled_again(tmp_path):
+    design = native.design_header(DiTConfig(1, 32, 4))
+    native.library(design, tmp_path)
+    note = next(tmp_path.glob('*.sha256'))
+    good = note.read_bytes()
+    note.write_bytes(b'\xb0'+good[1:])
+    native.library(design, tmp_path)
+    assert note.read_bytes() == repro.file_hash(next(tmp_path.glob('*.so'))).encode()

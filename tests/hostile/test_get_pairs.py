@@ -44,6 +44,13 @@ def flip(path):
     path.write_bytes(data)
 
 
+def name_no_text(path):
+    "The last byte of the last name in the zip's directory is no UTF-8."
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b'version')] ^= 128
+    path.write_bytes(data)
+
+
 class Hostile:
     def __reduce__(self): return os.mkdir, ('canary',)
 
@@ -70,6 +77,7 @@ REFUSED = [
     ('noise is (50, 3, 32, 32) torch.float64', dict(conditional=False), exchange),
     ('are latent and image exchanged?', dict(latent=lambda v: [v[0]*0.5, v[1]]), nothing),
     ('fails its checksum', {}, lambda f: flip(f/'latent'/MIDDLE)),
+    ('image/000000099.pkl: ', {}, lambda f: name_no_text(f/'image'/MIDDLE)),
     *[('image/000000099.pkl: damaged, cut short', {}, lambda f, n=n: os.truncate(f/'image'/MIDDLE, n))
       for n in (0, 10, 1000, 300_000)],
     ('latent/000000099.pkl: names ', dict(latent=lambda v: [v[0], Hostile()]), nothing),

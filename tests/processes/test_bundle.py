@@ -92,13 +92,21 @@ def flip(path):
     path.write_bytes(data)
 
 
+def flip_text(path, old, new, where='partition'):
+    "The first or the last place, by `where`."
+    before, found, after = getattr(path.read_text(), where)(old)
+    assert found
+    path.write_text(before+new+after)
+
+
 @pytest.mark.parametrize('change, message', [
     (lambda d: flip(d/'fp32.onnx'), 'fp32.onnx is damaged or altered'),
     (lambda d: flip(d/'expected.npy'), 'expected.npy is damaged or altered'),
     (lambda d: (d/'fp32.onnx').unlink(), 'fp32.onnx is missing'),
     (lambda d: (d/'card.json').unlink(), 'no card.json here'),
     (lambda d: (d/'card.json').write_text('{'), 'card.json is damaged'),
-    (lambda d: (d/'jetson.py').write_text('raise ImportError'), 'jetson.py is missing'),
+    (lambda d: flip_text(d/'card.json', '"guidance": 1.5', '"guidance": 1.7'), 'card.json is damaged or altered'),
+    (lambda d: flip_text(d/'card.json', '"sha256": "', '"sha257": "', 'rpartition'), 'card.json is damaged'),
 ])
 def test_no_latency_of_a_damaged_bundle(device, tmp_path, change, message):
     copy = tmp_path/'copy'
@@ -107,12 +115,22 @@ def test_no_latency_of_a_damaged_bundle(device, tmp_path, change, message):
     assert message in run(copy, *QUICK, code=2) and not (copy/'result.json').exists()
 
 
+@pytest.mark.parametrize('name', ['runner.py', 'jetson.py'])
+def test_no_program_of_a_damaged_bundle_runs(device, tmp_path, name):
+    copy = tmp_path/'copy'
+    shutil.copytree(device, copy, ignore=shutil.ignore_patterns('result.json','__pycache__'))
+    flip(copy/name)
+    assert run(copy, *QUICK, code=1)==f'run.py: {name} is damaged or altered (SHA-256); copy the folder again'
+    (copy/name).unlink()
+    assert run(copy, *QUICK, code=1)==f'run.py: {name} is missing; copy the folder again'
+
+
 def test_no_latency_of_other_images(device, tmp_path):
     copy = tmp_path/'copy'
     shutil.copytree(device, copy, ignore=shutil.ignore_patterns('result.json','__pycache__'))
     np.save(copy/'labels.npy', (np.load(copy/'labels.npy')+1)%10)
     card = json.loads((copy/'card.json').read_text())
-    del card['arrays'] # as in a card without hashes
+    for k in ('arrays','programs','sha256'): del card[k] # as in a card without hashes
     (copy/'card.json').write_text(json.dumps(card))
     assert "not the student's images" in run(copy, *QUICK, code=2) and not (copy/'result.json').exists()
 

@@ -7,7 +7,7 @@ import torch
 
 from ditnano import train
 from ditnano.cli import main
-from ditnano.lab.bench import bench_records, bench_train
+from ditnano.lab.bench import bench_loading, bench_records, bench_train
 from ditnano.lab.evidence import with_latency
 from ditnano.lab.runs import collect
 from ditnano.sampling import build_sampler
@@ -59,3 +59,10 @@ def test_a_plain_sampler_is_not_recorded():
     from ditnano.config import DiTConfig
     from ditnano.dit import DiT
     assert build_sampler(DiT(DiTConfig(1, 32)), 1.5).recorded() is False
+
+
+@pytest.mark.slow
+def test_loading_is_timed_with_and_without_verification():
+    rows = bench_loading(rounds=1, batch=16, count=256, size=8)
+    assert [r['rounds'] for r in rows] == [1, 10] and 'sample' in rows[0]['what'] and '256 pairs' in rows[1]['what']
+    assert all(r['with (CPU s)'] > 0 and r['without (CPU s)'] > 0 for r in rows)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditnano import cli
+from ditnano.dit import shipped_students
 
 
 def python(program, *words, **options):
@@ -174,3 +175,21 @@ def test_executors_are_those_of_sweep():
     from ditnano.lab.sweep import EXECUTORS
     words = typing.get_args(typing.get_type_hints(cli.sweep)['executor'])
     assert set(words) == {'auto', *EXECUTORS}
+
+
+def test_a_student_has_the_size_of_its_pairs(tmp_path, capsys):
+    from ditnano.dit import DiT
+    pairs, out = tmp_path/'pairs', tmp_path/'run'
+    cli.main(['pairs', '--teacher', 'cifar16', '--seeds', '0-7', '--steps', '8', '--out', str(pairs)])
+    command = ['train', '--student', '1,16,2', '--pairs', str(pairs), '--loss', 'L2', '--images', '16', '--batch', '8']
+    cli.main([*command, '--patch', '4', '--out', str(out)])
+    cfg = DiT.from_pretrained(out/'student').cfg
+    assert (cfg.image_size, cfg.channels, cfg.classes, cfg.patch) == (16, 3, 10, 4)
+    with pytest.raises(SystemExit): cli.main([*command, '--patch', '5', '--out', str(tmp_path/'bad')])
+    assert 'patch' in capsys.readouterr().err and not (tmp_path/'bad').exists()
+
+
+def test_a_student_is_compared_with_the_images_of_its_teacher(capsys):
+    if 'nano-cifar16' not in shipped_students(): pytest.skip('nano-cifar16 is not in this package')
+    cli.main(['eval', '--weights', 'nano-cifar16', '--samples', '20'])
+    assert 'FD-cifarnet' in capsys.readouterr().out

@@ -73,3 +73,5 @@ def test_damaged_compiled_code(cache):
     file.write_bytes(b'cold')
     os.utime(file, (1, 1))
     assert 'some.so' in damaged()[file.name]
+    file.with_suffix('.sha256').write_bytes(b'\xb0'+file_hash(file)[1:].encode())   # a flipped bit: no longer text
+    assert 'some.so: damaged' in damaged()[file.name]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ditnano import pairs
 from ditnano.config import UNetConfig
 from ditnano.edm import build_denoiser
-from ditnano.pairs import PairDataset, ensure_pairs, make_pairs, read_manifest, write_pairs
+from ditnano.pairs import PairDataset, ensure_pairs, file_checksum, make_pairs, read_manifest, write_pairs
 from ditnano.repro import file_hash, write_json
 
 
@@ -76,6 +76,7 @@ def change(folder, shard, edit, listed=False):
     save_file(tensors, path)
     if listed:
         m['shards'][shard] |= {'bytes':path.stat().st_size, 'sha256':file_hash(path)}
+        m['shards'][shard].pop('checksum', None)   # as in sets of earlier versions
         write_json(folder/'manifest.json', m)
 
 
@@ -84,7 +85,7 @@ def test_an_altered_shard_is_found_at_first_touch_and_a_wrong_number_names_its_p
     change(folder, 1, lambda t: t['x'][2].fill_(9.))
     data = PairDataset(folder)
     data.batch(range(4))
-    with pytest.raises(ValueError, match='pairs-000000004-000000007.safetensors: damaged or altered'):
+    with pytest.raises(ValueError, match='pairs-000000004-000000007.safetensors: damaged or altered; its checksum'):
         data.batch([0, 5])
     with pytest.raises(ValueError, match='damaged or altered'): PairDataset(folder, check='hash')
     assert PairDataset(folder, check=None).batch([6])[1][0,0,0,0] == 9
@@ -93,6 +94,31 @@ def test_an_altered_shard_is_found_at_first_touch_and_a_wrong_number_names_its_p
         PairDataset(folder).batch(range(8))
     change(folder, 1, lambda t: (t['x'].zero_(), t['z'][0].fill_(math.inf)), listed=True)
     with pytest.raises(ValueError, match=r'the noise of pair 4 \(seed 4\) is not finite'): PairDataset(folder)[4]
+
+
+def test_every_flipped_bit_and_every_moved_page_changes_the_checksum(tmp_path):
+    file, data = tmp_path/'f', np.random.default_rng(0).bytes(3*4096+21)
+    def checksum(content):
+        file.write_bytes(content)
+        return file_checksum(file)
+    good = checksum(data)
+    assert len({good, checksum(b''), checksum(b'\1'), checksum(b'\2')}) == 4 and len(good) == 32
+    for bit in (*range(0, 8*len(data), 97), *range(8*len(data)-200, 8*len(data))):
+        changed = bytearray(data)
+        changed[bit//8] ^= 1<<bit%8
+        assert checksum(bytes(changed)) != good
+    for moved in (data[4096:8192]+data[:4096]+data[8192:], data[:4096]+bytes(4096)+data[8192:], data[:-1]):
+        assert checksum(moved) != good
+
+
+def test_shards_of_earlier_versions_are_compared_by_their_sha256(tmp_path):
+    folder = constant_shards(tmp_path/'p', 2)
+    m = read_manifest(folder)
+    for s in m['shards']: del s['checksum']
+    write_json(folder/'manifest.json', m)
+    assert PairDataset(folder).batch([5])[1].mean() == 4
+    change(folder, 1, lambda t: t['x'][2].fill_(9.))
+    with pytest.raises(ValueError, match='damaged or altered; its SHA-256 is'): PairDataset(folder).batch([5])
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):

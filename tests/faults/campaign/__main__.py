@@ -1,16 +1,19 @@
-"""A campaign of faults, reproducible by its seed: python tests/faults/campaign [--whole] [--seed N] [--only TEXT]
+"""A campaign of faults, reproducible by its seed: python tests/faults/campaign [--whole] [--jobs N] [--only TEXT]
 
 Each trial does something bad to a command or to a file: a kill, damage, a full disk, a race, a failing rank. It is
 *survived* if the result is bit for bit that of an undisturbed run, *refused by name* if one line `ditnano: ...` named
 the file and the status was not 0, and *failed* otherwise. The last column must be zero; else the status is 1.
 """
 import argparse
+import functools
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 for threads in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[threads] = '1'
@@ -30,6 +33,7 @@ def options():
     parser = argparse.ArgumentParser('campaign', description=__doc__.splitlines()[0])
     parser.add_argument('--seed', type=int, default=0, help='decides every random choice')
     parser.add_argument('--whole', action='store_true', help='all trials: minutes; default a few of each kind')
+    parser.add_argument('--jobs', type=int, default=1, help='rows at once, each in a process of its own')
     parser.add_argument('--each', type=int, help='so many trials of each row at most')
     parser.add_argument('--only', nargs='*', default=[], help=f'kinds ({kinds}), or parts of the names of rows')
     parser.add_argument('--keep', type=Path, help='a folder for the trials, which stay there')
@@ -50,17 +54,35 @@ def table(rows):
     return '\n'.join(lines), total['failed']
 
 
-def run(trials, world, seed, verbose):
-    rows, failures = {}, []
+@functools.cache
+def own_world(root):
+    "The folder of this process."
+    return World(root/f'process-{os.getpid()}', COMMANDS, prepare)
+
+
+def run(trials, root, seed, verbose):
+    "The trials of one row: how often each outcome, and the failures in words."
+    row, failures = dict.fromkeys(COLUMNS, 0), []
     for trial in trials:
         begin = time.monotonic()
-        outcome, why = trial(world, seed)
-        row = rows.setdefault(trial.kind, dict.fromkeys(COLUMNS, 0))
+        outcome, why = trial(own_world(root), seed)
         row['tried'] += 1
         row[outcome] += 1
         if why: failures.append(f'{trial.kind}, number {trial.number}: {why}')
         if verbose: print(f'{trial.kind} {trial.number}: {outcome} {why} ({time.monotonic()-begin:.1f} s)', flush=True)
-    return rows, failures
+    return row, failures
+
+
+def run_all(trials, root, given):
+    "Row by row; with several jobs the rows are shared among processes."
+    groups = {}
+    for trial in trials: groups.setdefault(trial.kind, []).append(trial)
+    if given.jobs == 1: found = {kind: run(group, root, given.seed, given.verbose) for kind, group in groups.items()}
+    else:
+        with ProcessPoolExecutor(given.jobs, multiprocessing.get_context('fork')) as pool:
+            tasks = {kind: pool.submit(run, group, root, given.seed, given.verbose) for kind, group in groups.items()}
+            found = {kind: task.result() for kind, task in tasks.items()}
+    return {kind: row for kind, (row, _) in found.items()}, [line for _, lines in found.values() for line in lines]
 
 
 def main():
@@ -72,7 +94,7 @@ def main():
     warnings.filterwarnings('ignore', 'This process .* is multi-threaded', DeprecationWarning)
     root = given.keep or Path(tempfile.mkdtemp(prefix='faults'))
     warm_up()
-    try: rows, failures = run(trials, World(root.resolve(), COMMANDS, prepare), given.seed, given.verbose)
+    try: rows, failures = run_all(trials, root.resolve(), given)
     finally:
         if not given.keep: shutil.rmtree(root, ignore_errors=True)
     text, failed = table(rows)

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -18,12 +19,13 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-LIMIT_S = 600     # A command that takes longer waits for ever; generous, for a loaded machine
-PATIENCE_S = 180  # For what a killed command started: it has a grace of 20 s for its checkpoint
+LIMIT_S = 600     # A command that takes longer waits for ever; longer by the load of the machine
+PATIENCE_S = 180  # For what a killed command started, likewise: it has a grace of 20 s for its checkpoint
 WARM = ('accelerate', 'torch', 'ditnano.cli', 'ditnano.distill.recipes', 'ditnano.lab.lease', 'ditnano.lab.sweep',
         'ditnano.lab.notebooks', 'ditnano.lab.plan', 'ditnano.metrics', 'ditnano.interop.get_pairs',
         'ditnano.deploy.export', 'ditnano.deploy.engines', 'ditnano.deploy.web', 'sklearn.datasets',
-        'torch._dynamo', 'torch.distributed.tensor', 'torch.onnx', 'filelock', 'typeguard', 'PIL.PngImagePlugin')
+        'torch._dynamo', 'torch.distributed.tensor', 'torch.onnx', 'filelock', 'typeguard', 'PIL.PngImagePlugin',
+        'ditnano.lab.product', 'matplotlib.backends.backend_agg', 'onnxruntime')
 
 
 class Failure(Exception):
@@ -40,10 +42,12 @@ class Ended(NamedTuple):
 @dataclass(frozen=True)
 class Command:
     "A command of the campaign; its paths are relative to the folder of the trial."
-    words: str             # After `ditnano`
+    words: str             # After `ditnano`, or after `program`
     after: str = ''        # The command in whose finished folder it begins
     result: tuple = ()     # Patterns of the files that are its result
     half: int = 0          # Stop training at this step: the state of a run in progress
+    until: tuple = ()      # End before this call of this function, ('module:name', call): a product in progress
+    program: str = ''      # Run this Python program instead
 
 
 @functools.cache
@@ -54,8 +58,24 @@ def warm_up():
     for name in ('torchvision', 'torch_fidelity'): repro.import_guarded(name)
     for command in cli.COMMANDS.values(): cli.with_help(command)
     cli.with_help = lambda command: command   # once is enough
+    fix_plan(train.fit, pairs.make_pairs)
     train.fit = functools.partial(train.fit, save_every=0.02, log_every=2)
     pairs.make_pairs = functools.partial(pairs.make_pairs, shard=2, batch=2)
+
+
+def fix_plan(fit, make_pairs):
+    "What a product plans by the clock is fixed, and small; all else is as it is."
+    from ditnano.lab import product
+
+    def draw(teacher, count, out, **given): return make_pairs(teacher, count, out, **given | {'shard': 2, 'batch': 4})
+    frame_time = product.frame_time
+    product.PILOT = product.MAX_PAIRS = 8
+    product.MAX_SAMPLES = 40
+    product.fastest = lambda make, cfg, seconds, device='auto': (160., 'fp32')
+    product.Product.share = lambda self, stage: 1.5
+    product.choose_extractors = lambda data, loss: ['cifarnet']
+    product.frame_time = lambda *given, **how: frame_time(*given, **how | {'frames': 2, 'max_seconds': 0.1})
+    product.fit, product.make_pairs = functools.partial(fit, save_every=0.02), draw
 
 
 class Child(NamedTuple):
@@ -85,13 +105,40 @@ def _child(folder, command, env, inside):
         if command.half: train.fit = functools.partial(train.fit, stop_after=command.half)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if inside: inside(folder)
+        if command.until: replace_call(*command.until, lambda: sys.exit(0))
+        if command.program: return run_program(command)
         cli.main(shlex.split(command.words))
         return 0
-    except SystemExit as e: return e.code if isinstance(e.code, int) else int(e.code is not None)
+    except SystemExit as e:
+        if isinstance(e.code, str): print(e.code, file=sys.stderr)
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
     except KeyboardInterrupt: return 130   # before the command had its own handler
     except BaseException:
         traceback.print_exc()
         return 1
+
+
+def run_program(command):
+    "A program as Python would run it."
+    sys.argv, sys.path[0] = [command.program, *shlex.split(command.words)], str(Path(command.program).parent.resolve())
+    runpy.run_path(command.program, run_name='__main__')
+    return 0
+
+
+def replace_call(target, call, act):
+    "Do this in place of the n-th call of a function 'module:name'."
+    module, _, name = target.partition(':')
+    owner, left = importlib.import_module(module), [call]
+    *path, last = name.split('.')
+    for part in path: owner = getattr(owner, part)
+    work = getattr(owner, last)
+
+    def wrapped(*args, **kwargs):
+        left[0] -= 1
+        return act() if left[0] == 0 else work(*args, **kwargs)
+    setattr(owner, last, wrapped)
+    home = sys.modules[work.__module__]   # where it was made, if it was only imported here
+    if getattr(home, last, None) is work: setattr(home, last, wrapped)
 
 
 def start(folder, command, env=None, inside=None):
@@ -121,12 +168,18 @@ def _drain(end):
     return found
 
 
+def is_late(begin, limit):
+    "Whether so many seconds of a quiet machine are over; on a loaded one each counts for less."
+    load = os.getloadavg()[0]/(os.cpu_count() or 1)
+    return time.monotonic()-begin > limit*max(1, load)
+
+
 def wait(child, limit=LIMIT_S):
     "Its end; one that does not end in time is killed, and that is a failure."
-    deadline, pause, texts = time.monotonic()+limit, 0.002, [b'', b'']
+    begin, pause, texts = time.monotonic(), 0.002, [b'', b'']
     while not (done := os.waitpid(child.pid, os.WNOHANG))[0]:
         texts = [text+_drain(end) for text, end in zip(texts, child[1:])]
-        if time.monotonic() > deadline:
+        if is_late(begin, limit):
             os.killpg(child.pid, signal.SIGKILL)
             os.waitpid(child.pid, 0)
             raise Failure(f'still there after {limit} s: {texts[1][-300:]}')
@@ -151,9 +204,9 @@ def descendants(folder):
 
 def await_descendants(folder):
     "What a command started ends with it."
-    deadline = time.monotonic()+PATIENCE_S
+    begin = time.monotonic()
     while left := descendants(folder):
-        if time.monotonic() > deadline:
+        if is_late(begin, PATIENCE_S):
             for pid in left: os.kill(pid, signal.SIGKILL)
             raise Failure(f'{len(left)} processes go on after the end of the command that started them')
         time.sleep(0.1)
@@ -164,7 +217,7 @@ def refusal(ended, names=()):
     if ended.code == 0: return False
     if 'Traceback (most recent call last)' in ended.err: raise Failure(f'a traceback: {ended.err.strip()[-300:]}')
     lines = ended.err.strip().splitlines()
-    if not lines or not lines[-1].startswith('ditnano: '):
+    if not lines or not lines[-1].startswith(('ditnano: ', 'run.py: ')):
         raise Failure(f'status {ended.code} without a line of its own: {ended.err[-300:]!r}')
     if names and not any(n in ended.err+ended.out for n in names):
         raise Failure(f"names none of {', '.join(names)}: {lines[-1]}")
@@ -177,6 +230,28 @@ def _record(data):
     keep = ('key', 'kind', 'name', 'scale', 'seed', 'config', 'metrics', 'samples', 'artefacts')
     found = json.loads(data)
     return json.dumps({k: v for k, v in found.items() if k in keep}).encode()
+
+
+def _plan(data):
+    "Without what a clock decides, and without the hash of it."
+    found = json.loads(data)
+    for stage in found['stages'].values():
+        for k in ('seconds', 'rate', 'frames'): stage.pop(k, None)
+    return json.dumps([found['settings'], found['stages']]).encode()
+
+
+def _config(data):
+    "Without the seconds that a teacher's training took, and without the hash of them."
+    found = json.loads(data)
+    if 'seconds' not in (found.get('card') or {}): return data
+    found['card'].pop('seconds')
+    found.pop('config_sha256')
+    return json.dumps(found).encode()
+
+
+def _measured(data):
+    found = json.loads(data)
+    return json.dumps([found['bundle'], found['parity']]).encode()
 
 
 def _history(data):
@@ -199,7 +274,8 @@ def _packed(path):
                 for n in names}
 
 
-NORMAL = {'result.json': _record, 'history.jsonl': _history, 'state.safetensors': _tensors}   # without times
+NORMAL = {'result.json': _record, 'history.jsonl': _history, 'state.safetensors': _tensors,   # without times
+          'plan.json': _plan, 'measured.json': _measured, 'config.json': _config}
 
 
 def digest(data): return hashlib.sha256(data).hexdigest()[:12]

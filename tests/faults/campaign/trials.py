@@ -1,5 +1,4 @@
 "The tables of the campaign: which commands are killed, which files are damaged, what fails in which phase."
-import importlib
 import os
 import resource
 import shutil
@@ -11,8 +10,22 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 import yaml
-from driver import Command, Failure, Trial, await_descendants, compare, on_file_event, refusal, result, start, wait
+from driver import (
+    Command,
+    Failure,
+    Trial,
+    await_descendants,
+    compare,
+    on_file_event,
+    refusal,
+    replace_call,
+    result,
+    start,
+    wait,
+)
 
 SCALE = """\
 name: tiny
@@ -43,7 +56,7 @@ NOTHING = """\
 
 
 def prepare(folder):
-    "Where every trial begins: a teacher and a student with random weights, and a scale."
+    "Where every trial begins: a teacher and a student with random weights, pictures, a published set, and scales."
     from ditnano.config import DiTConfig, UNetConfig
     from ditnano.dit import DiT, randomize_weights
     from ditnano.edm import EDMPrecond, save_teacher
@@ -55,9 +68,23 @@ def prepare(folder):
     for name, width in (('student', 32), ('assistant', 16)):
         randomize_weights(DiT(DiTConfig(1, width, 4))).save_pretrained(folder/name)
     (folder/'pictures').mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (48, 16, 16, 3), np.uint8)
+    np.savez(folder/'photos.npz', images=noise, labels=np.arange(48)%2)
+    publish_pairs(folder/'get')
     (folder/'tiny.yaml').write_text(SCALE+NOTHING)
     (folder/'lease.yaml').write_text(SCALE.replace('pairs: 4', 'pairs: 24')+NOTHING)   # its teacher is evaluated
     (folder/'two.yaml').write_text(SCALE.replace('4]]', '4], [1, 32, 2]]').replace('tiny', 'two')+NOTHING)
+
+
+def publish_pairs(folder):
+    "Pairs as GET publishes them: two files on each side."
+    from torch.nn.functional import one_hot
+    g = torch.Generator().manual_seed(0)
+    for side in ('latent', 'image'): (folder/side).mkdir(parents=True)
+    for last in (3, 7):
+        z, labels = torch.randn(4, 3, 8, 8, generator=g), torch.randint(10, (4,), generator=g)
+        torch.save([z, one_hot(labels, 10).float()], folder/'latent'/f'{last:09d}.pkl')
+        torch.save(0.4*z, folder/'image'/f'{last:09d}.pkl')
 
 
 _TRAIN = 'train {} --student 1,32,4 --pairs pairs --images 192 --batch 16 --loss L2 --out run --device cpu'
@@ -65,6 +92,11 @@ _RUN = ('run/*', 'run/student/*', 'run/.*.tmp')
 _RUNS = tuple(f'runs/*{p}' for p in ('/result.json', '/config.json', '/history.jsonl', '/samples.png', '/student/*',
                                      '/.*.tmp', '/parts*'))
 _SAMPLE = 'sample --weights student --seeds 0-15 --device {}'
+_DISTILL = ('distill --images photos.npz --max-params 20k --loss L2 --minutes 1 --exports onnx-fp32,c --out product '
+            '--device cpu')
+_PRODUCT = tuple(f'product/{p}' for p in ('*.png', '*.onnx', 'plan.json', 'c/*', 'student/*', 'teacher/*',
+                                          'work/pairs/*', '.*.tmp', 'work/.*.tmp', 'work/pairs/.*.tmp'))
+_STAGE = 'ditnano.lab.product:run_stage'   # 1: teacher, 2: pairs, 3: student, 4: evaluation, 5: exports
 _SWEEP = 'sweep sizes --scale {} --runs runs --executor {} --device cpu --recompute'
 
 COMMANDS = {
@@ -93,6 +125,19 @@ COMMANDS = {
     'onnx': Command('export --weights student --out student.onnx', result=('student.onnx', '.*.tmp')),
     'c': Command('export --weights student --format c --out code', result=('code/*',)),
     'bundle': Command('export --weights student --bundle bundle', result=('bundle/*', '.*.tmp')),
+    'measure': Command('--runtime onnxruntime --batch 1 --seconds 0.05 --warm 0 --out measured.json', after='bundle',
+                       program='bundle/run.py', result=('measured.json', '*.part')),
+    'import get': Command('pairs --import-get get --out got', result=('got/*.safetensors', 'got/.*.tmp')),
+    'distill': Command(_DISTILL, result=_PRODUCT),
+    'distill again': Command(_DISTILL, after='distill', result=_PRODUCT),
+    'half a teacher': Command(_DISTILL, until=('ditnano.lab.product:save_loss_curve', 3)),
+    'teacher resumed': Command(_DISTILL, after='half a teacher', result=_PRODUCT),
+    'product without pairs': Command(_DISTILL, until=(_STAGE, 2)),
+    'product with pairs': Command(_DISTILL, until=(_STAGE, 3), after='product without pairs'),
+    'product with student': Command(_DISTILL, until=(_STAGE, 5), after='product with pairs'),
+    'pairs of product': Command(_DISTILL, after='product without pairs', result=_PRODUCT),
+    'student of product': Command(_DISTILL, after='product with pairs', result=_PRODUCT),
+    'exports of product': Command(_DISTILL, after='product with student', result=_PRODUCT),
     'design': Command('design --max-params 425k'),
     'sweep': Command(_SWEEP.format('two.yaml', 'inline'), after='eval', result=_RUNS),
     'sweep again': Command(_SWEEP.format('two.yaml', 'inline'), after='sweep', result=_RUNS),
@@ -113,7 +158,7 @@ KILLS = {  # command: (trials in the small campaign, in the whole one)
     'sample': (3, 12), 'sample npy': (1, 6), 'sample safetensors': (1, 6), 'sheet': (0, 4), 'eval': (1, 6),
     'onnx': (1, 6), 'bundle': (0, 3), 'native': (0, 4), 'c': (0, 3), 'sweep': (1, 14),
     'sweep in processes': (0, 6),
-    'take': (0, 8), 'lease': (0, 6), 'paper': (0, 4),
+    'take': (0, 8), 'lease': (0, 6), 'paper': (0, 4), 'distill': (1, 16), 'import get': (0, 4), 'measure': (0, 3),
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -169,10 +214,26 @@ FILES = {  # what: (command that left it, its file, the command that reads it, n
     'hash of compiled code': ('native', 'cache/native/*.sha256', 'native again', ()),
     'scale': ('eval', 'tiny.yaml', 'scale', ()),
     'pack': ('lease', 'packs/*.tar', 'take', ()),
+    'card of a bundle': ('bundle', 'bundle/card.json', 'measure', ('card.json', 'runner.py', 'jetson.py')),
+    'graph of a bundle': ('bundle', 'bundle/fp32.onnx', 'measure', ()),
+    'arrays of a bundle': ('bundle', 'bundle/*.npy', 'measure', ()),
+    'programs of a bundle': ('bundle', 'bundle/*e*.py', 'measure', ()),
+    "GET's pairs": ('', 'get/*/*.pkl', 'import get', ()),
+    'pictures of a product': ('', 'photos.npz', 'distill', ()),
+    'plan of a product': ('product with student', 'product/plan.json', 'exports of product', ()),
+    'half a teacher': ('half a teacher', 'product/teacher/state.safetensors', 'teacher resumed', ()),
+    'plan of a teacher': ('half a teacher', 'product/teacher/plan.json', 'teacher resumed', ()),
+    'teacher of a product': ('product without pairs', 'product/teacher/[cm]*', 'pairs of product', ()),
+    'pairs of a product': ('product with pairs', 'product/work/pairs/*', 'student of product', ()),
+    'student of a product': ('product with student', 'product/student/*', 'exports of product', ()),
+    'exports of a product': ('distill', 'product/[cs]*[!gt]', 'distill again', ()),
 }
-ONCE = ('statistics', 'shipped extractor', 'manifest', 'shard')   # the small campaign only flips a bit of these
-SLOW_FILES = ('pack', 'compiled code', 'hash of compiled code', 'assistant', 'manifest, continued')
-MANY = 10   # Trials of each kind of damage in the whole campaign
+ONCE = ('statistics', 'shipped extractor', 'manifest', 'shard', "GET's pairs", 'plan of a product')   # flips alone
+SLOW_FILES = ('pack', 'compiled code', 'hash of compiled code', 'assistant', 'manifest, continued',
+              *(f'{part} of a bundle' for part in ('card', 'graph', 'arrays', 'programs')), 'half a teacher',
+              *(f'{part} of a product' for part in ('pictures', 'teacher', 'pairs', 'student', 'exports')),
+              'plan of a teacher')   # none in the small campaign
+MANY, FEWER = 10, 5   # Trials of each kind of damage in the whole campaign; of what a product or a bundle consists of
 
 
 def somewhere(data, rng):
@@ -347,17 +408,17 @@ def race(names, world, rng):
 
 # Two ranks -----------------------------------------------------------------------------------------------------------
 PHASES = {  # phase of a distributed run: the function that fails in one rank
-    'rendezvous': 'ditnano.lab.sweep:distill_run', 'pairs': 'ditnano.pairs:PairDataset',
+    'rendezvous': 'ditnano.lab.sweep:distill_run', 'pairs': 'ditnano.lab.execute:PairDataset',
     'resuming': 'ditnano.train:RunFiles.resume', 'training': 'ditnano.train:train_step',
-    'saving': 'ditnano.train:save_state', 'sampling': 'ditnano.sampling:sample',
-    'evaluation': 'ditnano.metrics:evaluate', 'recording': 'ditnano.lab.runs:write_json',
+    'saving': 'ditnano.train:save_state', 'sampling': 'ditnano.lab.execute:sample',
+    'evaluation': 'ditnano.lab.execute:evaluate', 'recording': 'ditnano.lab.runs:write_json',
 }
 OF_THE_FIRST = ('saving', 'evaluation', 'recording')   # phases of rank 0 alone
 RANK_FAULTS = ('error', 'kill', 'stop')
 MAX_WAIT_S = 6   # How long a rank waits for the other that fails
 
 
-def on_purpose(fault, *args, **kwargs):
+def on_purpose(fault):
     "What happens in place of the function's work."
     if fault == 'error': raise OSError(28, 'No space left on device, on purpose', 'some-file.json')
     os.kill(os.getpid(), signal.SIGKILL if fault == 'kill' else signal.SIGSTOP)
@@ -372,18 +433,7 @@ def wait_briefly(folder):
 def break_function(phase, fault, call, folder):
     "Replace the function of a phase by one that fails at its n-th call."
     wait_briefly(folder)
-    module, _, name = PHASES[phase].partition(':')
-    owner, left = importlib.import_module(module), [call]
-    *path, last = name.split('.')
-    for part in path: owner = getattr(owner, part)
-    work = getattr(owner, last)
-
-    def wrapped(*args, **kwargs):
-        left[0] -= 1
-        return on_purpose(fault) if left[0] == 0 else work(*args, **kwargs)
-    setattr(owner, last, wrapped)
-    home = sys.modules[work.__module__]   # where it was made, if it was only imported here
-    if getattr(home, last, None) is work: setattr(home, last, wrapped)
+    replace_call(PHASES[phase], call, partial(on_purpose, fault))
 
 
 def free_port():
@@ -448,7 +498,8 @@ def damage_trials(whole):
     for what in FILES:
         for how in DAMAGE:
             few = int(what not in SLOW_FILES and (what not in ONCE or how == 'flip'))
-            yield from _repeat(f'{how} {what}', (few, MANY)[whole], partial(damage, what, how))
+            many = FEWER if COMMANDS[FILES[what][2]].words == _DISTILL or FILES[what][2] == 'measure' else MANY
+            yield from _repeat(f'{how} {what}', many if whole else few, partial(damage, what, how))
     for name in LOCKED:
         for content in ('empty', 'cut', 'foreign'):
             few = name == 'pairs'
