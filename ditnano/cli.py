@@ -521,7 +521,7 @@ def bench(
 
     Example: ditnano bench loading
 
-    frame times single guided images; record writes latencies of PyTorch as records into the folder of runs, as the
+    frame times single guided images; record writes latencies of PyTorch; both are records in the folder of runs, as the
     tables draw them: Table 5 needs guidance 1 and 1.5, and its GET model.
 
     Example: ditnano bench frame --backends native,onnxruntime,browser
@@ -545,7 +545,8 @@ def bench(
     elif what=='pairs': rows = b.bench_pairs(teacher, batch or 32, rounds, device=device)
     elif what=='recipes': rows = b.bench_recipes(students[0], loss, batch or 32, seconds=rounds, device=device)
     elif what=='loading': rows = b.bench_loading(rounds, batch or 32)
-    elif what=='frame': rows = b.bench_frames(students, ways, kinds, guided, device=device)
+    elif what=='frame': rows = b.bench_frames(students, runs_dir(), backends=ways, precisions=kinds, guidance=guided,
+                                                device=device)
     elif what=='web': rows = b.bench_web(students, runs_dir(), rounds, fetch=fetch)
     elif what=='record':
         rows = b.bench_records(students, runs_dir(), batch or 128, kinds, guided, device=device, models=models)

@@ -287,6 +287,7 @@ SMOKE = Scale(experiments={
     'recipes':{'recipes':[], 'assistant':[4,192,12], 'seconds':2.0},
     'backends':{'designs':[[5,64,8],[7,192,12]], 'rounds':3},
     'formats':{'students':['nano-digits',[7,192,12]], 'files':[]},
+    'frames':{'designs':[[5,64,8]]},
     'latency':{'designs':_EVERY, 'off_for':[[5,64,8],[7,128,8],[7,192,12]]},
 })
 

@@ -49,10 +49,10 @@ def fill(
 def class_names(
     model:torch.nn.Module, # A DiT
 )->list:
-    "Names of the classes: those of CIFAR-10 if it was trained on it, else numbers."
-    data = _card_of(model).get('data', '')
-    if data.startswith('cifar10') and model.cfg.classes==len(CIFAR_CLASSES): return list(CIFAR_CLASSES)
-    return [str(k) for k in range(model.cfg.classes)]
+    "Names of the classes: of its card, else of CIFAR-10 if it was trained on it, else numbers."
+    known = CIFAR_CLASSES if _card_of(model).get('data', '').startswith('cifar10') else ()
+    names = (getattr(model, 'card', None) or {}).get('classes') or known
+    return list(names) if len(names)==model.cfg.classes else [str(k) for k in range(model.cfg.classes)]
 
 def _card_of(model):
     "What the page takes from the card of the weights."

@@ -96,7 +96,7 @@ def scores(
 
 # %% ../../nbs/lab/06_evidence.ipynb #5e8a63fd
 SCALES = ('paper','gpu','lease','night','cpu','smoke')  # From the best on
-MACHINE_KINDS = ('latency','cost','speed','export')     # Kinds of runs that measure a machine
+MACHINE_KINDS = ('latency','cost','speed','export','frame','web') # Kinds of runs that measure a machine
 _BASE = dict(depth=6, width=128, heads=4)
 _PLAIN = dict(kind='distill', recipe='get', mlp_ratio=4.0, steps=1)
 EXPERIMENT_FILTERS = {  # experiment -> (what its rows have in common, the column in which they differ)
@@ -115,6 +115,7 @@ EXPERIMENT_FILTERS = {  # experiment -> (what its rows have in common, the colum
     'recipes':      (dict(kind='cost'), 'name'),
     'backends':     (dict(kind='speed'), 'depth'),
     'formats':      (dict(kind='export'), 'name'),
+    'frames':       (dict(kind='frame'), 'guidance'),
 }
 
 # %% ../../nbs/lab/06_evidence.ipynb #db4d9af1

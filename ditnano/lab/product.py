@@ -343,10 +343,11 @@ def student_designs(
 def default_loss(
     data:str,          # Name of the pictures
     device:str='auto', # Where the student is trained
+    size:int=32,       # Their side; SqueezeNet sees 16 pixels at 32, and others at 64
 )->str: # For `losses.get_loss`
     "The best loss that is here: LPIPS by VGG on a GPU, by SqueezeNet elsewhere; else what comes with the package."
     if data.startswith('digits32'): return 'perceptual-digitslens@32'
-    names = {'vgg':'LPIPS-vgg@224', 'squeeze':'LPIPS-squeeze@64'}
+    names = {'vgg':'LPIPS-vgg@224', 'squeeze':f'LPIPS-squeeze@{32 if size<=16 else 64}'}
     for net in ('vgg','squeeze') if pick_device(device).type=='cuda' else ('squeeze',):
         if (torch_home()/'hub'/'checkpoints'/BACKBONES[net]).is_file(): return names[net]
     return 'perceptual-cifarlens@32'
@@ -552,7 +553,7 @@ def train_student(
     "A student in `student/`; its run in `work/student`."
     pairs, facts = p.pairs(), p.plan.stage('student')
     if not facts:
-        loss = p.loss or default_loss(p.data.name, p.device)
+        loss = p.loss or default_loss(p.data.name, p.device, p.data.images.shape[-1])
         facts = p.plan.note('student', **plan_student(pairs, p.designs, seconds, loss, p.seed, p.device))
     design, cfg = DiTConfig.from_dict(facts['design']), TrainConfig.from_dict(facts['train'])
     shape = f"({design.depth}, {design.width}, {design.heads}), patches of {design.patch}"

@@ -39,7 +39,7 @@ def load_records(
     evidence, # Folder of records
 )->pd.DataFrame: # A row per record, as `collect` gives it, with `record`, its `group` and what it `measured`
     "All records of a folder; those that differ in the seed alone have one group."
-    rows = collect(evidence).drop_duplicates('folder').sort_values('seed', kind='stable')
+    rows = collect(evidence).drop_duplicates('folder').sort_values('seed', kind='stable').copy()
     results = [read_result(f) for f in rows.folder]
     rows = rows.assign(record=[Path(f).name for f in rows.folder], measured=[_measured(r) for r in results],
                        group=[f"{r['kind']}-{content_hash(_without_seed(r['config']))}" for r in results],

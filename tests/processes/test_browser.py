@@ -57,9 +57,13 @@ def test_engines_draw_pythons_images(monkeypatch):
 
 
 @needs_browser
-def test_frame_time_has_a_row_of_the_browser():
-    row, = bench_frames([(1,16,4)], ('browser',), frames=3, device='cpu')
-    assert (row['backend'], row['frames'], row['width'])==('browser', 3, 16) and 0<row['p50_ms']<=row['p99_ms']
+def test_frame_time_has_a_row_of_the_browser(tmp_path):
+    how = dict(backends=['browser'], frames=3, device='cpu')
+    row, = bench_frames([(1,16,4)], tmp_path, **how)
+    assert (row['backend'], row['guidance'], row['width'])==('browser', 1.5, 16) and 0<row['p50_ms']<=row['p99_ms']
+    assert bench_frames([(1,16,4)], tmp_path, **how)==[row]
+    record = json.loads((tmp_path/row['record']/'result.json').read_text())
+    assert record['samples']==3 and record['device']['browser'].startswith('Chromium ')
 
 
 @needs_browser
@@ -96,7 +100,7 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path, capsys):
         with pytest.raises(RuntimeError) as e: call()
         assert '\n' not in str(e.value) and all(m in str(e.value) for m in missing)
     assert not list(tmp_path.iterdir())
-    assert bench_frames([(1,16,4)], ('browser',), frames=1, device='cpu')==[]
+    assert bench_frames([(1,16,4)], tmp_path, backends=['browser'], frames=1, device='cpu')==[]
     assert capsys.readouterr().out.startswith('skipped: browser (not installed: Chromium (apt install chromium); ')
 
 

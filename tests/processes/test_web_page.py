@@ -196,6 +196,16 @@ def test_altered_weights_are_reported(browser, small, tmp_path):
     page.close()
 
 
+def test_classes_have_their_names(tmp_path):
+    model = student(SMALL)
+    for card, names in (({'classes':['cat','dog & <fox>','花']}, ['cat','dog &amp; &lt;fox&gt;','花']),
+                        ({'classes':['cat']}, ['0','1','2']), (None, ['0','1','2'])):
+        model.card = card
+        to_web(model, tmp_path)
+        text = (tmp_path/'index.html').read_text(encoding='utf-8')
+        assert re.findall(r'<option value="\d">(.*?)</option>', text)==names
+
+
 def test_the_command_writes_a_page(tmp_path, capsys):
     student(SMALL).save_pretrained(tmp_path/'mine')
     export(str(tmp_path/'mine'), format='web', out=tmp_path/'site')
