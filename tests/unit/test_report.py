@@ -7,7 +7,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ditnano.config import load_scale
+from ditnano.lab.experiments import experiment_configs
 from ditnano.lab.report import build_report, load_records, number_sources, read_chapter, read_table, write_report
+from ditnano.lab.runs import run_once
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT/'paper_figures'
@@ -85,11 +88,16 @@ def test_a_number_that_several_runs_give_has_no_single_source():
     assert number_sources(rows) == {1.5: {'a', 'b'}, 2.5: {'c'}}
 
 
-def test_records_that_differ_in_the_seed_share_a_group():
-    records = load_records(FIGURES/'evidence')
-    several = records[records.duplicated('group', keep=False)]
-    assert len(several) and not several.duplicated(['group', 'seed']).any()
-    assert (several.groupby('group')[['depth', 'width', 'loss', 'scale']].nunique() <= 1).all(axis=None)
+def test_records_that_differ_in_the_seed_share_a_group(tmp_path):
+    content = {'name': 'cifar10-jpeg@16', 'sha256': '0'*64}, {'name': 'cifar16', 'sha256': '1'*64}
+    for config in experiment_configs('sizes', load_scale('night'), content, designs=[(1, 128, 8), (5, 64, 8)]):
+        found = dict(metrics={'FD-cifarnet': 3.}, samples=10)
+        run_once(tmp_path, 'distill', config, lambda folder, found=found: found, 'a student', 'night',
+                 config['train']['seed'])
+    records = load_records(tmp_path)
+    assert len(records) == 4 and not records.duplicated(['group', 'seed']).any()
+    assert sorted(records.groupby('group').seed.apply(list)) == [[0, 1], [0, 1]]
+    assert (records.groupby('group')[['depth', 'width', 'loss', 'scale']].nunique() == 1).all(axis=None)
 
 
 def test_chapters_of_pictures_that_several_scales_have():
