@@ -28,6 +28,7 @@ from ditnano.deploy.browser import (
 )
 from ditnano.deploy.native import ZIG, compiler
 from ditnano.dit import DiT, randomize_weights, shipped_students
+from ditnano.lab import bench as benches
 from ditnano.lab.bench import bench_frames, bench_web, web_run
 from ditnano.repro import cache_dir
 
@@ -95,7 +96,7 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path, capsys):
     assert [m.partition(' (')[0] for m in missing]==['Chromium', 'playwright', 'ziglang']
     assert all('install ' in m for m in missing)
     monkeypatch.undo()
-    monkeypatch.setattr(browser, 'missing_tools', lambda: missing)
+    for module in (browser, benches): monkeypatch.setattr(module, 'missing_tools', lambda: missing)
     for call in (lambda: web_run((1,16,4), tmp_path), lambda: browser_times(student())):
         with pytest.raises(RuntimeError) as e: call()
         assert '\n' not in str(e.value) and all(m in str(e.value) for m in missing)
@@ -149,9 +150,9 @@ def test_the_comparison_is_kept_as_a_record(monkeypatch, tmp_path, capsys):
         columns = {f'{w} {k}':2.5 for w in ('guided','one pass') for k in ('p50_ms','p99_ms','ratio')}
         columns |= {'engine bytes':3000, 'weights bytes':5000, 'grey levels apart':1, 'threads':1}
         return {'rows':[{'engine':e} | columns for e in ('ditnano', 'onnxruntime-web, 2 threads')]}
-    monkeypatch.setattr(browser, 'browser_times', timed)
-    monkeypatch.setattr(browser, 'browser_version', lambda: 'Chromium 1.2')
-    monkeypatch.setattr(browser, 'missing_tools', lambda: [])
+    monkeypatch.setattr(benches, 'browser_times', timed)
+    monkeypatch.setattr(benches, 'browser_version', lambda: 'Chromium 1.2')
+    monkeypatch.setattr(benches, 'missing_tools', lambda: [])
     monkeypatch.setenv('DITNANO_CACHE', str(tmp_path/'cache'))
     rows = bench_web([(1,16,4)], tmp_path/'runs', frames=2)
     assert 'skipped: onnxruntime-web' in capsys.readouterr().out and calls==[None]
