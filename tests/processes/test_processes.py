@@ -97,7 +97,6 @@ RUN = textwrap.dedent('''
     import contextlib
     import sys
     import torch
-    from ditnano import sampling
     from ditnano.config import Scale
     from ditnano.lab import execute
     from ditnano.lab.experiments import distill_config
@@ -108,7 +107,7 @@ RUN = textwrap.dedent('''
     execute.SHARD_SIZE = 10                                # three parts a block, so that both processes have some
     def stop(*args, **kwargs): raise InterruptedError('trained, and not one image drawn')
     if only:
-        sampling.sample = stop
+        execute.sample = stop
         with contextlib.suppress(InterruptedError): execute.distill_run(config, root, 'tiny', 'cpu')
     else:
         record = execute.distill_run(config, root, 'tiny', 'cpu')
