@@ -411,6 +411,7 @@ def eval(
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
     images, labels = sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg)
     numbers = evaluate(images, labels, reference, names, loss=loss, device=device)
+    print(f'reference: {reference.name}')
     for k, v in numbers.items():
         if k!='samples': print(f'{metric_label(k, samples)}: {v:.4g}')
     for name in names if samples<SMALL_SET and hasattr(reference, 'images') else ():

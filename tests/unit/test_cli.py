@@ -192,4 +192,5 @@ def test_a_student_has_the_size_of_its_pairs(tmp_path, capsys):
 def test_a_student_is_compared_with_the_images_of_its_teacher(capsys):
     if 'nano-cifar16' not in shipped_students(): pytest.skip('nano-cifar16 is not in this package')
     cli.main(['eval', '--weights', 'nano-cifar16', '--samples', '20'])
-    assert 'FD-cifarnet' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'FD-cifarnet' in said and 'reference: cifar10-jpeg@16' in said
