@@ -321,7 +321,8 @@ def load_reference(
     folder, where = weights_dir()/f'reference-{name}', f"reference {name!r}"
     if not (folder/'config.json').is_file():
         raise FileNotFoundError(f"{where}: no shipped statistics; expected the images themselves")
-    config = read_json(folder/'config.json')
+    try: config = read_json(folder/'config.json')
+    except ValueError: raise ValueError(f"{where}: config.json is altered; install the package again") from None
     if split not in config['splits']:
         raise ValueError(f"{where}: split {split!r}; expected one of {', '.join(config['splits'])}")
     facts, file = config['splits'][split], folder/f'{split}.safetensors'
