@@ -183,6 +183,7 @@ def prepare_training(
     task:Task,       # What is trained
     cfg:TrainConfig, # How
     device='auto',   # 'auto', 'cpu', 'cuda'
+    compile:bool=True, # On a GPU: compile blocks and loss
 )->tuple[Any,State]: # An `accelerate.Accelerator` and a fresh State on its device
     "Where and with what a run begins; a batch that the processes cannot share evenly is refused."
     accelerator = make_accelerator(device)
@@ -191,7 +192,7 @@ def prepare_training(
     model = task.model.to(place)
     if hasattr(task,'to'): task.to(place)
     ema = {k:v.detach().clone() for k,v in _float_tensors(model).items()}
-    if place.type=='cuda': compile_regions(task, place)
+    if compile and place.type=='cuda': compile_regions(task, place)
     state = State(model, ema, _optimizer(model, cfg), choose_batches(task, cfg, place))
     if (auxiliary := getattr(task,'auxiliary_model',None)) is not None:
         state.auxiliary_model = auxiliary.to(place)

@@ -60,12 +60,19 @@ class DenoiseTask:
         self.model = EDMPrecond(SongUNet(unet)).to(memory_format=torch.channels_last)
         self.data, self.n, self.augment_p = data, len(data), augment_p
         self.identity = {'task':'denoise', 'unet':unet.to_dict(), 'data':data.hash, 'augment_p':augment_p}
+
+    def to(self, device):
+        "On a GPU group norm takes channels first; elsewhere convolutions like channels last."
+        if torch.device(device).type=='cuda': self.model.to(memory_format=torch.contiguous_format)
+        return self
+
     def batch(self, idx): return self.data.images[idx], self.data.labels[idx]
     def loss(self, model, batch, step): return self.loss_from_inputs(model, *self.inputs(batch, step))
 
     def inputs(self, batch, step):
         images, labels = batch
-        x = to_unit(images).to(memory_format=torch.channels_last)
+        x = to_unit(images)
+        if not x.is_cuda: x = x.to(memory_format=torch.channels_last)
         generator, randn = step.generator, step.randn
         if step.world>1:
             generator, randn = torch.Generator().manual_seed(derive_seed(step.seed,'draw',step.index,step.rank)), None

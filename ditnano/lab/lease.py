@@ -28,7 +28,7 @@ from .execute import TimeLimitReached, distill_run, machine_of
 from .experiments import as_student, assistant_config, priority_groups, run_label
 from .packs import Packs, folder_members, take_packs
 from .plan import GPU_RATE, measure_rates, missing_requirements, run_cost
-from .preflight import preflight, training_rate
+from .preflight import preflight, start_compiling, training_rate
 from .runs import Run, read_result, run_once
 from ..metrics import card, evaluate, reference_set
 from ..pairs import PairDataset, ensure_pairs
@@ -146,6 +146,7 @@ def run_lease(
     s = Schedule(60*minutes, clock, log)
     try:
         s.step('preflight', work.preflight, needed=False)
+        work.start_compiling()
         if not work.has_teacher(): _teacher(s, work)
         s.step('evaluation of the teacher', lambda: work.evaluate_teacher(s.left()))
         seconds = work.pairs_seconds()
@@ -154,6 +155,7 @@ def run_lease(
         s.step('rates', work.measure)
         _runs(s, work)
     except TimeLimitReached as e: s.note('time is up', str(e))
+    finally: work.stop_compiling()
     return s.rows
 
 # %% ../../nbs/lab/14_lease.ipynb #2f4b39e5
@@ -202,7 +204,7 @@ class LeaseFolder:
         self.scale, self.packs, self.log, self.evidence = scale, packs, log, list(evidence)
         self.runs, self.weights, self.device = Path(folder)/'runs', Path(folder)/'weights', device
         self.taken = []   # names of what an earlier lease has brought home
-        self.notes, self.rates, self.pair_rate = {'scale':scale.name, 'finished':0}, None, None
+        self.notes, self.rates, self.pair_rate, self.compiling = {'scale':scale.name, 'finished':0}, None, None, []
         self.recipe = TRAINING_RECIPES.get(f'teacher-{scale.teacher}')
         self.teacher_folder = self.weights/f'teacher-{scale.teacher}'
 
@@ -247,6 +249,20 @@ class MachineWork(LeaseFolder):
             return {'metrics':metrics, 'device':where, 'artefacts':['preflight.json']}
         config = {'machine':machine_of(where), 'loss':self.scale.loss, 'batch':self.scale.batch}
         self.record('preflight', config, compute, 'preflight')
+
+    def start_compiling(self, most:int=9):
+        "On a GPU, compile the first students in other processes, while the teacher is trained."
+        if pick_device(self.device).type!='cuda': return
+        content = tuple({'name':n, 'sha256':None} for n in (self.scale.data, self.scale.teacher))
+        students = [as_student(c['student']) for c in by_priority(self.scale, content) if c['recipe']=='get']
+        designs = list(dict.fromkeys((s.depth, s.width, s.heads) for s in students))[:most]
+        self.compiling = start_compiling(self.scale, designs, self.device)
+
+    def stop_compiling(self):
+        "End what still compiles."
+        for p in self.compiling: p.kill()
+        for p in self.compiling: p.wait()
+        self.compiling = []
 
     def measure(self):
         "Rates of students, loss and extractors, kept in the packs' notes."
@@ -422,6 +438,8 @@ class AssumedWork:
 
     def sleep(self, seconds:float): self.clock.sleep(seconds/self.speed)
     def preflight(self): self.clock.sleep(ASSUMED['preflight'])
+    def start_compiling(self): pass
+    def stop_compiling(self): pass
     def has_teacher(self)->bool: return self.teacher
     def teacher_config(self)->TrainConfig: return TRAINING_RECIPES[f'teacher-{self.scale.teacher}'].train
     def teacher_rate(self)->float:
