@@ -262,6 +262,7 @@ class Student:
 STUDENTS = {
     'nano-digits': Student('cpu', (5,64,8), images=280_000),
     'nano-cifar16': Student('night', (5,64,8)),
+    'nano-cifar10': Student('lease', (5,64,8)),
     **{f'nano-{size.lower()}': Student('gpu', size=size) for size in SIZES},
 }
 PAIRS = {'pairs-digits32':('digits32',480), 'pairs-cifar10-7m':('cifar10-7m',2000)}  # name: teacher, count

@@ -95,11 +95,13 @@ def distill_config(
     guidance:float=None, # Default: the scale's; 1 for a GET model, which has none
     images:int=None,     # Images seen; default: the scale's
     content=None,        # Data and teacher, if they are known
+    lr:float=None,       # Learning rate; default: the scale's
 )->dict: # JSON-able
     "Everything that decides the result of distilling and judging one student."
     (data, teacher), student = content or scale_content(scale), replace(as_student(design), image_size=scale.image_size)
     if guidance is None: guidance = 1.0 if isinstance(student, GETConfig) else scale.guidance
-    train = train_config(scale, seed, images=images or scale.images, clip=CLIP_NORM.get(recipe, 0.0))
+    own = {} if lr is None else {'lr':lr}
+    train = train_config(scale, seed, images=images or scale.images, clip=CLIP_NORM.get(recipe, 0.0), **own)
     return {'recipe':recipe, 'options':_options(recipe, options or {}), 'student':student.to_dict(),
             'train':train.to_dict(), 'loss':_loss(loss or scale.loss),
             'data':data, 'teacher':teacher, 'pairs':_pairs_config(scale),
@@ -119,9 +121,10 @@ def assistant_config(
 BASE = (6,128,4)
 GRIDS = {'depth':[1,2,4,6,8,10], 'width':[32,64,96,128,192,256], 'heads':[1,2,4,8,16,32,64,128]}
 
-def _losses(scale, losses=None, setups=('dmd',), dmd=None):
+def _losses(scale, losses=None, setups=('dmd',), dmd=None, dmd_lr=None):
     plain = [dict(design=BASE, loss=l, guidance=1.0) for l in losses or ['L1','L2',scale.loss]]
-    return plain+[dict(design=BASE, recipe=r, guidance=1.0, options={'dmd':dmd}.get(r)) for r in setups]
+    own = {'dmd':dict(options=dmd, lr=dmd_lr)}   # two networks in a game need a lower rate than pairs do
+    return plain+[dict(design=BASE, recipe=r, guidance=1.0, **own.get(r, {})) for r in setups]
 
 def _depth(scale, depths=GRIDS['depth']): return [dict(design=(d,*BASE[1:])) for d in depths]
 def _width(scale, widths=GRIDS['width']): return [dict(design=(BASE[0],w,BASE[2])) for w in widths]

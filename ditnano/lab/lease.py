@@ -89,7 +89,7 @@ def describe_lease(
     return '\n'.join(map(line, rows))
 
 # %% ../../nbs/lab/14_lease.ipynb #9e0189bd
-TEACHER_SHARE, MAX_TEACHER_SHARE = 0.35, 0.65 # Of the time: what a teacher may take, and what a slow machine's may
+TEACHER_SHARE, MAX_TEACHER_SHARE = 0.3, 0.65 # Of the time: what a teacher may take, and what a slow machine's may
 MIN_TEACHER_PART = 0.05                       # Smallest part of the recipe's images that makes a teacher
 SAFETY = 1.1                                  # Expected seconds are multiplied by this before they are compared
 
@@ -412,13 +412,13 @@ def halve_weights(
     save_weights(folder, config, tensors, half=True, metadata={'format':'pt'})
 
 # %% ../../nbs/lab/14_lease.ipynb #e8a1b432
-ASSUMED = {'preflight':15., 'rates':10.,         # Seconds
-           'teacher':5_000., 'pairs':800.,       # Images/s in training, and of sampling
-           'loss':3e-5, 'extractors':2e-4}       # Seconds for an image
+ASSUMED = {'preflight':6., 'rates':5., 'run':9., # Seconds; `run`: of each run, beside its training
+           'teacher':7_200., 'pairs':600.,       # Images/s in training, and of sampling
+           'loss':1.4e-5, 'extractors':1e-4}     # Seconds for an image
 
 def describe_rates()->str: # One line
     "What a plan assumes of the machine."
-    return (f"assumed of a data-centre GPU, not measured: {ASSUMED['teacher']:,.0f} images/s of a teacher's training, "
+    return (f"as an NVIDIA H200 reached in one lease: {ASSUMED['teacher']:,.0f} images/s of a teacher's training, "
             f"{ASSUMED['pairs']:,.0f} pairs/s, {GPU_RATE/1e12:.3g} TFLOP/s of a student, "
             f"{1/ASSUMED['loss']:,.0f} images/s of the loss, {1/ASSUMED['extractors']:,.0f} of the feature extractors")
 
@@ -456,7 +456,7 @@ class AssumedWork:
         return by_priority(self.scale, content)
     def expected_seconds(self, config)->float:
         rates = self.rates | {'flops':{as_student(config['student']).width:GPU_RATE*self.speed}}
-        return 3600*run_cost(config, rates)['hours']
+        return 3600*run_cost(config, rates)['hours']+ASSUMED['run']/self.speed
     def run(self, config, seconds): self.clock.sleep(self.expected_seconds(config))
 
 # %% ../../nbs/lab/14_lease.ipynb #962c8733
@@ -491,8 +491,10 @@ def lease(
     _have_cache(folder)
     work = LeaseWork(scale, Packs(out, pack_size, packs), folder, device, evidence, log)
     if take:
-        new, old, _ = take_packs(take, work.runs, work.weights)
+        new, old, notes = take_packs(take, work.runs, work.weights)
         work.taken = new+old
+        same = notes.get('device')==fingerprint(pick_device(device))['device_name']
+        if same and 'ratio' in notes: work.notes['ratio'] = notes['ratio']   # of real to expected seconds
         log(f'taken: {len(work.taken)} runs and teachers')
     work.pack_rest()
     check_requirements(scale)
