@@ -506,11 +506,13 @@ def plan_lease(
     minutes:float,   # For all of it
     speed:float=1.,  # Of the machine; 1 is an H100 by our estimate
     roots=(),        # Folders of records that count as done
+    teacher:bool=None, # Whether there is one; default whether one is found
 )->list: # From `run_lease`
     "A lease by assumed rates: nothing is computed. With a teacher here, runs that have a record are left out."
-    clock, teacher = SimulatedClock(), True
+    clock, here = SimulatedClock(), True
     try: load_teacher(scale.teacher)
-    except FileNotFoundError: teacher = False
+    except FileNotFoundError: here = False
+    teacher = here if teacher is None else teacher
     work = AssumedWork(scale, clock, teacher, roots, speed)
     return run_lease(work, minutes, clock, log=lambda line: None)
 

@@ -320,6 +320,8 @@ def test_real_lease_on_digits(tmp_path):
     assert frame[frame.kind == 'distill']['FD-digitsnet'].gt(0).all() and missing_runs(TINY, tmp_path/'evidence') == []
     again = lease(TINY, 60, tmp_path/'out2', tmp_path/'out', 'cpu', work=tmp_path/'work2', log=quiet)
     assert [r['what'] for r in again][-1] == 'rates'
+    ratios = [read_pack(tmp_path/out/'pack-0.tar')[1]['ratio'] for out in ('out', 'out2')]
+    assert ratios[0] == ratios[1]   # the second lease computed no run, and knows how far the first one's estimates were
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from ditnano.lab.artefacts import DenoiseTask
 from ditnano.lab.preflight import RandomPairs
 from ditnano.losses import get_loss
 from ditnano.sampling import build_sampler, sample_inputs
+from ditnano.unet import group_norm, self_attention
 from ditnano.train import RECORD_AFTER, DeviceBatches, make_graphed_step, prepare_training, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -66,3 +67,23 @@ def test_compiled_sampling_is_recorded_and_the_same():
     want = plain(x, y)
     for _ in range(2): torch.testing.assert_close(quick(x, y), want, rtol=1e-3, atol=1e-3)
     assert quick.recorded() and not plain.recorded()
+
+
+def test_group_norm_in_bfloat16_is_the_float32_one():
+    norm, x = group_norm(64).cuda(), torch.randn(4, 64, 16, 16, device='cuda')
+    with torch.autocast('cuda', torch.bfloat16): out = norm(x.bfloat16())
+    want = torch.nn.functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    assert out.dtype is torch.bfloat16 and (out.float()-want).norm() <= 1e-2*want.norm()
+
+
+@pytest.mark.parametrize('heads', [1, 2])
+def test_attention_over_pixels_is_that_of_a_cpu(heads):
+    qkv = torch.randn(2, 3*64, 16, 16)
+    want, out = self_attention(qkv, heads), self_attention(qkv.cuda().bfloat16(), heads)
+    assert (out.float().cpu()-want).norm() <= 2e-2*want.norm()
+
+
+def test_a_denoiser_trains_channels_first():
+    task = denoiser()
+    prepare_training(task, TrainConfig(images=64, batch=8, precision='bf16'), 'cuda')
+    assert all(p.is_contiguous() for p in task.model.parameters())
