@@ -181,7 +181,7 @@ def load_runs(
 )->tuple: # The Scale; all runs and published evidence (`live`: from this machine's own folder); the folder of figures
     "What a drawing notebook starts from."
     out, own = Path(out or figures_dir()), Path(runs_folder or runs_dir()).resolve()
-    found = collect(own, *evidence_folders(out, scale))
+    found = collect(own, *evidence_folders(out, scale)).copy()   # of few blocks: each metric was a column added
     found['live'] = found.folder.map(lambda f: Path(f).resolve().parent==own).astype(bool)
     s = load_scale(best_scale(found, experiment) if scale=='best' else scale)
     return s, found[_live_or_only(found)].reset_index(drop=True), out

@@ -20,6 +20,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .. import repro
 from ditnano.lab.execute import (
     NOT_STARTED,
     HeldElsewhere,
@@ -123,7 +124,8 @@ class _Queue:
         "Take runs until none is left."
         while item := self.next():
             n, config = item
-            try: self.done(n, compute(config, wait=2. if n in self.held else 0.))
+            wait = repro.LOCK_EXPIRY_S+5. if n in self.held else 0.   # a lock left by a lost machine expires meanwhile
+            try: self.done(n, compute(config, wait=wait))
             except InterruptedError: return
             except Exception as e:
                 self.failures[n] = f"{Run(self.root,'distill',config).folder.name}: {type(e).__name__}: {e}"

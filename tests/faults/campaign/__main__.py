@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
 for threads in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[threads] = '1'
@@ -73,6 +73,13 @@ def run(trials, root, seed, verbose):
     return row, failures
 
 
+def report_progress(tasks, every=60):
+    "A line a minute, until all rows are done."
+    begin = time.monotonic()
+    while (todo := wait(tasks, every).not_done):
+        print(f'{len(tasks)-len(todo)} of {len(tasks)} rows after {time.monotonic()-begin:.0f} s', file=sys.stderr)
+
+
 def run_all(trials, root, given):
     "Row by row; with several jobs the rows are shared among processes."
     groups = {}
@@ -81,6 +88,7 @@ def run_all(trials, root, given):
     else:
         with ProcessPoolExecutor(given.jobs, multiprocessing.get_context('fork')) as pool:
             tasks = {kind: pool.submit(run, group, root, given.seed, given.verbose) for kind, group in groups.items()}
+            report_progress(tasks.values())
             found = {kind: task.result() for kind, task in tasks.items()}
     return {kind: row for kind, (row, _) in found.items()}, [line for _, lines in found.values() for line in lines]
 

@@ -502,7 +502,7 @@ def damage_trials(whole):
             yield from _repeat(f'{how} {what}', many if whole else few, partial(damage, what, how))
     for name in LOCKED:
         for content in ('empty', 'cut', 'foreign'):
-            few = name == 'pairs'
+            few = name == 'pairs' or (name, content) == ('short sweep', 'foreign')
             yield from _repeat(f'{content} lock of {name}', (few, 2)[whole], partial(leave_lock, name, content))
 
 
