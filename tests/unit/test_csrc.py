@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ditnano.config import DiTConfig
+from ditnano.config import DESIGNS, DiTConfig
 from ditnano.deploy.csource import (
     PRECISIONS,
     TARGETS,
@@ -30,7 +30,6 @@ HAS_ZIG = importlib.util.find_spec('ziglang') is not None
 needs_compiler = pytest.mark.skipif(not compiler(), reason='no C compiler installed')
 needs_zig = pytest.mark.skipif(not HAS_ZIG, reason="ziglang is not installed: pip install 'ditnano[cross]'")
 SMALL = DiTConfig(2, 24, (2,3), image_size=16, classes=3)
-TABLE_6 = [(1,128,8), (21,32,4), (7,192,12), (4,256,16)]   # the shallowest, the deepest, the largest, the widest
 SHAPES = [DiTConfig(1, 32, 4, image_size=r, patch=p, channels=c)
           for r, p, c in ((16,2,3), (16,4,1), (32,2,1), (32,4,3), (48,4,3), (64,4,1))]
 ODD = [DiTConfig(1,36,4,image_size=16), DiTConfig(1,20,4,patch=4), DiTConfig(2,48,(4,6),image_size=16,mlp_ratio=2.),
@@ -85,7 +84,7 @@ def sanitized(cfg, folder, flags=('-march=native',), precision='fp32'):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize('design', TABLE_6, ids=str)
+@pytest.mark.parametrize('design', DESIGNS, ids=str)
 def test_sanitizers_designs_of_table_6(design, tmp_path): sanitized(DiTConfig(*design), tmp_path)
 
 
