@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..config import DESIGNS, load_scale
+from ..config import DESIGNS, SIZES, load_scale
 from .runs import collect, publish, read_result, record_hash
 from ..repro import figures_dir, project_folder, runs_dir, write_json
 
@@ -105,6 +105,7 @@ EXPERIMENT_FILTERS = {  # experiment -> (what its rows have in common, the colum
     'width':        (_PLAIN|dict(depth=6, heads=4), 'width'),
     'heads':        (_PLAIN|dict(depth=6, width=128), 'heads'),
     'sizes':        (_PLAIN, 'design'),
+    'smallest':     (_PLAIN, 'design'),   # of `sizes`, those of 0.42M parameters
     'ta':           (dict(kind='distill', recipe='ta'), 'options'),
     'mi1':          (dict(kind='distill', recipe='mi1'), 'options'),
     'get_baseline': (dict(kind='distill', model='GET'), 'width'),
@@ -133,21 +134,23 @@ def rows_of(
     if common['kind']!='distill' or not len(rows): return rows
     if experiment!='get_baseline': rows = rows[rows.images==load_scale(scale).images]
     rows = rows.assign(design=list(zip(rows.depth, rows.width, rows.heads)))
-    return rows[rows.design.isin(list(DESIGNS))] if experiment=='sizes' else rows
+    sizes = {'sizes':list(DESIGNS), 'smallest':[d for d,(size,*_) in DESIGNS.items() if size==SIZES[0]]}
+    return rows[rows.design.isin(sizes[experiment])] if experiment in sizes else rows
 
 # %% ../../nbs/lab/06_evidence.ipynb #23c016a2
 def best_scale(
     found:pd.DataFrame, # What `runs.collect` gives
     experiment:str,     # Key of `EXPERIMENT_FILTERS`; '' for no experiment
 )->str: # Name of a scale
-    "The best scale with two rows or more of an experiment; of measurements, one of this machine; else 'smoke'."
+    "The best scale with two rows of an experiment and half as many as the fullest; of measurements, one made here."
     if not experiment or not len(found): return 'smoke'
     common, differ = EXPERIMENT_FILTERS.get(experiment, ({}, ''))
     measured = common.get('kind') in MACHINE_KINDS and 'live' in found
     for rows in [found[found.live], found] if measured else [found]:
-        for scale in SCALES:
-            selected = rows_of(rows, experiment, scale)
-            if differ in selected and selected[differ].nunique()>1: return scale
+        every = {scale:rows_of(rows, experiment, scale) for scale in SCALES}
+        counts = {scale:own[differ].nunique() for scale,own in every.items() if differ in own}
+        for scale,n in counts.items():
+            if n>1 and 2*n>=max(counts.values()): return scale
     return 'smoke'
 
 # %% ../../nbs/lab/06_evidence.ipynb #42a76d8c
