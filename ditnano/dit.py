@@ -193,7 +193,7 @@ def save_student(
     return save_weights(folder, config, model.state_dict(), half, {'format':'pt'})
 
 # %% ../nbs/12_dit.ipynb #ac693148
-STUDENTS = ('nano-digits','nano-cifar16','nano-cifar10','nano-0.42m','nano-2.2m','nano-5m') # Names that a trained student may bear
+STUDENTS = ('nano-digits','nano-cifar16','nano-cifar10','nano-0.42m','nano-2.2m','nano-5m') # Names of trained students
 
 def shipped_students()->list[str]: # Names that from_pretrained can load
     "The trained students that came with the package."

@@ -12,8 +12,8 @@ from ditnano.lab.artefacts import DenoiseTask
 from ditnano.lab.preflight import RandomPairs
 from ditnano.losses import get_loss
 from ditnano.sampling import build_sampler, sample_inputs
-from ditnano.unet import group_norm, self_attention
 from ditnano.train import RECORD_AFTER, DeviceBatches, make_graphed_step, prepare_training, train_step
+from ditnano.unet import group_norm, self_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 UNET = UNetConfig(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(16,))
