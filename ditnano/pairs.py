@@ -230,7 +230,7 @@ def _flatten(d, at=''):
 def _open_manifest(out, recipe, layout, a, b):
     "The manifest to continue from, with its seeds widened to `a`, `b`."
     if not (out/'manifest.json').is_file():
-        if out.is_dir() and any(not p.name.startswith(('.','pairs-')) for p in out.iterdir()):
+        if out.is_dir() and any(not p.name.startswith(('.','pairs-','manifest.json')) for p in out.iterdir()):
             raise ValueError(f"{out}: holds other files and no manifest.json; expected an empty folder")
         return {'recipe':recipe, 'layout':layout, 'seeds':[a,b], 'shards':[]}
     m = read_manifest(out)

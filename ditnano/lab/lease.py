@@ -10,6 +10,7 @@ __all__ = ['TEACHER_SHARE', 'MAX_TEACHER_SHARE', 'MIN_TEACHER_PART', 'SAFETY', '
            'plan_lease', 'take_home']
 
 # %% ../../nbs/lab/14_lease.ipynb #50965656
+import contextlib
 import gc
 import os
 import tempfile
@@ -451,7 +452,8 @@ class AssumedWork:
     def make_pairs(self, seconds): self.clock.sleep(self.pairs_seconds())
     def measure(self): self.clock.sleep(ASSUMED['rates'])
     def todo(self)->list:
-        if self.teacher: return missing_runs(self.scale, *self.roots)
+        with contextlib.suppress(FileNotFoundError):   # the images, whose hash is a part of a run's key
+            if self.teacher: return missing_runs(self.scale, *self.roots)
         content = tuple({'name':n, 'sha256':None} for n in (self.scale.data, self.scale.teacher))
         return by_priority(self.scale, content)
     def expected_seconds(self, config)->float:
