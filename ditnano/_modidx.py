@@ -1441,6 +1441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'ditnano/lab/preflight.py'),
                                        'ditnano.lab.preflight.RandomPairs.batch': ( 'lab/preflight.html#randompairs.batch',
                                                                                     'ditnano/lab/preflight.py'),
+                                       'ditnano.lab.preflight._child': ('lab/preflight.html#_child', 'ditnano/lab/preflight.py'),
                                        'ditnano.lab.preflight._some_steps': ('lab/preflight.html#_some_steps', 'ditnano/lab/preflight.py'),
                                        'ditnano.lab.preflight.attention_kernels': ( 'lab/preflight.html#attention_kernels',
                                                                                     'ditnano/lab/preflight.py'),

@@ -56,7 +56,7 @@ class Conv(nn.Conv2d):
 
 # %% ../nbs/20_unet.ipynb #b7ae06d5
 class GroupNorm(nn.GroupNorm):
-    "For bfloat16 on a GPU, autocast would convert to float32 and back; the sums inside are float32 either way."
+    "Group norm that stays in bfloat16 on a GPU, where autocast would convert it and back; its sums are float32."
     def forward(self, x):
         if not x.is_cuda or x.dtype!=torch.bfloat16: return super().forward(x)
         with torch.autocast('cuda', enabled=False):

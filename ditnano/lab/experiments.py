@@ -123,7 +123,7 @@ GRIDS = {'depth':[1,2,4,6,8,10], 'width':[32,64,96,128,192,256], 'heads':[1,2,4,
 
 def _losses(scale, losses=None, setups=('dmd',), dmd=None, dmd_lr=None):
     plain = [dict(design=BASE, loss=l, guidance=1.0) for l in losses or ['L1','L2',scale.loss]]
-    own = {'dmd':dict(options=dmd, lr=dmd_lr)}   # two networks in a game need a lower rate than pairs do
+    own = {'dmd':dict(options=dmd, lr=dmd_lr)}   # trains two networks against each other
     return plain+[dict(design=BASE, recipe=r, guidance=1.0, **own.get(r, {})) for r in setups]
 
 def _depth(scale, depths=GRIDS['depth']): return [dict(design=(d,*BASE[1:])) for d in depths]

@@ -30,6 +30,7 @@ from .experiments import as_student, assistant_config, priority_groups, run_labe
 from .packs import Packs, folder_members, take_packs
 from .plan import GPU_RATE, measure_rates, missing_requirements, run_cost
 from .preflight import preflight, start_compiling, training_rate
+from .processes import Children
 from .runs import Run, read_result, run_once
 from ..metrics import card, evaluate, reference_set
 from ..pairs import PairDataset, ensure_pairs
@@ -205,7 +206,8 @@ class LeaseFolder:
         self.scale, self.packs, self.log, self.evidence = scale, packs, log, list(evidence)
         self.runs, self.weights, self.device = Path(folder)/'runs', Path(folder)/'weights', device
         self.taken = []   # names of what an earlier lease has brought home
-        self.notes, self.rates, self.pair_rate, self.compiling = {'scale':scale.name, 'finished':0}, None, None, []
+        self.notes, self.rates, self.pair_rate = {'scale':scale.name, 'finished':0}, None, None
+        self.compiling = Children()
         self.recipe = TRAINING_RECIPES.get(f'teacher-{scale.teacher}')
         self.teacher_folder = self.weights/f'teacher-{scale.teacher}'
 
@@ -257,13 +259,11 @@ class MachineWork(LeaseFolder):
         content = tuple({'name':n, 'sha256':None} for n in (self.scale.data, self.scale.teacher))
         students = [as_student(c['student']) for c in by_priority(self.scale, content) if c['recipe']=='get']
         designs = list(dict.fromkeys((s.depth, s.width, s.heads) for s in students))[:most]
-        self.compiling = start_compiling(self.scale, designs, self.device)
+        start_compiling(self.scale, designs, self.device, self.compiling)
 
     def stop_compiling(self):
         "End what still compiles."
-        for p in self.compiling: p.kill()
-        for p in self.compiling: p.wait()
-        self.compiling = []
+        self.compiling.stop(grace=0)
 
     def measure(self):
         "Rates of students, loss and extractors, kept in the packs' notes."
@@ -420,8 +420,8 @@ ASSUMED = {'preflight':6., 'rates':5., 'run':9., # Seconds; `run`: of each run, 
 def describe_rates()->str: # One line
     "What a plan assumes of the machine."
     return (f"as an NVIDIA H200 reached in one lease: {ASSUMED['teacher']:,.0f} images/s of a teacher's training, "
-            f"{ASSUMED['pairs']:,.0f} pairs/s, {GPU_RATE/1e12:.3g} TFLOP/s of a student, "
-            f"{1/ASSUMED['loss']:,.0f} images/s of the loss, {1/ASSUMED['extractors']:,.0f} of the feature extractors")
+            f"{ASSUMED['pairs']:,.0f} pairs/s, {1/ASSUMED['extractors']:,.0f} images/s of feature extractors; fitted to "
+            f"its runs: {GPU_RATE/1e12:.3g} TFLOP/s of a student, {1/ASSUMED['loss']:,.0f} images/s of the loss")
 
 class AssumedWork:
     "A lease in which every part takes the assumed time of a data-centre GPU."

@@ -287,8 +287,8 @@ def summarize_plan(
 
 # %% ../../nbs/lab/09_plan.ipynb #85bbbd4a
 GPU_RATE = 50e12
-GPU_RATE_NOTE = ('assuming that it reaches 50 TFLOP/s in training (six students of 0.4M parameters reached 35 to 200 '
-                 'on an H200 in a lease; larger ones and the teacher were not measured)')
+GPU_RATE_NOTE = ('assuming that it reaches 50 TFLOP/s in training (a fit to six students of 0.4M parameters on an '
+                 'H200, none larger)')
 
 def gpu_hours(
     rows,             # From `plan`; what is done counts nothing

@@ -7,6 +7,7 @@ __all__ = ['OperationNames', 'attention_kernels', 'RandomPairs', 'preflight', 'c
 
 # %% ../../nbs/lab/13_preflight.ipynb #9009e9a1
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..config import Scale, TrainConfig
 from ..distill.recipes import make_recipe
 from .experiments import as_student
+from .processes import Children, end_with_parent
 from ..repro import pick_device
 from ..train import RECORD_AFTER, make_graphed_step, prepare_training, train_step
 
@@ -111,16 +113,23 @@ def compile_ahead(
 def start_compiling(
     scale:Scale,      # As for `compile_ahead`
     designs,          # The first ones first
-    device='auto',
+    device,           # Where they will be trained
+    children:Children, # Started here, ended by the caller
     processes:int=3,  # At once
-)->list: # Of `subprocess.Popen`; for the caller to end
+)->list: # Of `subprocess.Popen`
     "Compile in processes of their own; nothing waits for them, and their failure costs only time."
-    call = 'import sys, json; from ditnano.lab.preflight import compile_ahead as go; from ditnano.config import Scale; '
-    call += 'a = json.loads(sys.argv[1]); go(Scale.from_dict(a[0]), a[1], a[2])'
     shares = [list(designs)[i::processes] for i in range(processes)]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return [subprocess.Popen([sys.executable, '-c', call, json.dumps([scale.to_dict(), share, str(device)])], **quiet)
-            for share in shares if share]
+    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    jobs = [json.dumps([os.getpid(), scale.to_dict(), share, str(device)]) for share in shares if share]
+    return [children.start([sys.executable, '-c', _PROGRAM, job], **quiet) for job in jobs]
+
+_PROGRAM = 'from ditnano.lab.preflight import _child; _child()'
+
+def _child():
+    "What such a process does."
+    parent, scale, designs, device = json.loads(sys.argv[1])
+    end_with_parent(parent)
+    compile_ahead(Scale.from_dict(scale), designs, device)
 
 # %% ../../nbs/lab/13_preflight.ipynb #e968f656
 def training_rate(
