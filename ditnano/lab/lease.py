@@ -420,8 +420,8 @@ ASSUMED = {'preflight':6., 'rates':5., 'run':9., # Seconds; `run`: of each run, 
 def describe_rates()->str: # One line
     "What a plan assumes of the machine."
     return (f"as an NVIDIA H200 reached in one lease: {ASSUMED['teacher']:,.0f} images/s of a teacher's training, "
-            f"{ASSUMED['pairs']:,.0f} pairs/s, {1/ASSUMED['extractors']:,.0f} images/s of feature extractors; fitted to "
-            f"its runs: {GPU_RATE/1e12:.3g} TFLOP/s of a student, {1/ASSUMED['loss']:,.0f} images/s of the loss")
+            f"{ASSUMED['pairs']:,.0f} pairs/s, {1/ASSUMED['extractors']:,.0f} images/s of features; fitted to its "
+            f"runs: {GPU_RATE/1e12:.3g} TFLOP/s of a student, {1/ASSUMED['loss']:,.0f} images/s of the loss")
 
 class AssumedWork:
     "A lease in which every part takes the assumed time of a data-centre GPU."
