@@ -705,4 +705,5 @@ void onestep_draw(const Net *net, const float *noise, int label, float *image, v
   linear(a, WIDTH_PAD, &net->last, WIDTH, OUT_PAD, FLOATS, last, OUT_PAD, x, tokens, panel_room);
   tiles_end();
   join_patches(last, image, tokens);
+  if (threads > 1) wait_for_all(barrier, threads); /* the next image would write where a slower thread still reads */
 }

@@ -67,7 +67,8 @@ typedef struct {
 size_t onestep_scratch(int threads);
 
 /* Make one image: noise and image are (channels, size, size). Each of `threads` threads calls this with a rank of its
- * own and the same other arguments; scratch is then aligned to 64 bytes, and all zero before its first use. */
+ * own and the same other arguments; scratch is then aligned to 64 bytes, and all zero before its first use. When one of
+ * them returns, the image is whole. */
 void onestep_draw(const Net *net, const float *noise, int label, float *image, void *scratch, int rank, int threads);
 
 #endif
