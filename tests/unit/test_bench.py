@@ -29,6 +29,7 @@ def test_training_says_whether_it_was_recorded(monkeypatch, recorded):
     assert rows[0]['recorded'] == recorded and rows[0]['fit (images/s)'] > 0
 
 
+@pytest.mark.slow
 def test_latencies_become_records(tmp_path):
     "Table 5's form: a GET model without guidance, students with and without, two batches, two precisions."
     for guidance in (1., 1.5):

@@ -26,6 +26,7 @@ from ditnano.dit import DiT, randomize_weights
 from ditnano.edm import to_bytes
 from ditnano.repro import noise_and_labels
 
+pytestmark = pytest.mark.slow   # it compiles C
 HAS_ZIG = importlib.util.find_spec('ziglang') is not None
 needs_compiler = pytest.mark.skipif(not compiler(), reason='no C compiler installed')
 needs_zig = pytest.mark.skipif(not HAS_ZIG, reason="ziglang is not installed: pip install 'ditnano[cross]'")
@@ -83,31 +84,26 @@ def sanitized(cfg, folder, flags=('-march=native',), precision='fp32'):
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize('design', DESIGNS, ids=str)
 def test_sanitizers_designs_of_table_6(design, tmp_path): sanitized(DiTConfig(*design), tmp_path)
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize('cfg', SHAPES, ids=name)
 def test_sanitizers_image_sizes_patches_channels(cfg, tmp_path): sanitized(cfg, tmp_path)
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize('cfg', ODD, ids=name)
 def test_sanitizers_odd_heads_and_widths(cfg, tmp_path): sanitized(cfg, tmp_path)
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize('precision', PRECISIONS[1:])
 def test_sanitizers_short_weights(precision, tmp_path): sanitized(SMALL, tmp_path, precision=precision)
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize('cfg', [SMALL, *ODD[:3], ODD[5]], ids=name)
 @pytest.mark.parametrize('flag', ('-march=x86-64','-march=haswell'))
 def test_sanitizers_narrow_registers(flag, cfg, tmp_path):
@@ -162,7 +158,6 @@ int main(void) {
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize('depth', (1,2))
 @pytest.mark.parametrize('check', ('address,undefined','thread'))
 def test_sanitizers_threads_of_many_images(check, depth, tmp_path):
@@ -237,7 +232,6 @@ def test_plain_loops_are_the_same_network(cfg, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_bytes_of_many_seeds(tmp_path):
     model,n = student(DiTConfig(2,32,4,image_size=16)),1000
     write_source(model, tmp_path)
@@ -256,7 +250,6 @@ def test_stored_precisions(precision, bound, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_products_in_bfloat16(tmp_path):
     if 'avx512_bf16' not in Path('/proc/cpuinfo').read_text(): pytest.skip('this processor has no AVX-512 BF16')
     model = student(DiTConfig(2,36,4,image_size=16))
@@ -327,7 +320,6 @@ def test_png_ppm_and_compiled_in_weights(channels, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
 def test_the_folder_builds_alone(tmp_path):
     model = student(SMALL)
@@ -351,7 +343,6 @@ wasi.start(await WebAssembly.instantiate(await WebAssembly.compile(await readFil
 
 
 @needs_zig
-@pytest.mark.slow
 @pytest.mark.parametrize('target', TARGETS)
 def test_other_processors(target, tmp_path):
     write_source(student(SMALL), tmp_path)
@@ -397,7 +388,6 @@ await writeFile('x.bin', Buffer.concat(images));
 
 
 @needs_zig
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('node'), reason='node is not installed')
 def test_module_for_a_web_page(tmp_path):
     write_source(student(SMALL), tmp_path)
@@ -416,7 +406,6 @@ def test_module_for_a_web_page(tmp_path):
 
 
 @needs_zig
-@pytest.mark.slow
 def test_native_without_a_system_compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name, *a, **k: None)
     monkeypatch.setattr('ditnano.deploy.native.compiler', lambda: compiler(lambda name: None))
@@ -469,7 +458,6 @@ def test_c_files_come_with_the_package(root):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_export_on_the_command_line(tmp_path):
     program = [sys.executable, '-c', 'from ditnano.cli import main; main()']
     command = [*program, 'export', '--format', 'c', '--precision', 'int8', '--target', 'host']

@@ -72,6 +72,7 @@ def test_saved_in_half_precision_with_whole_frequencies(name, tmp_path):
         if k in ('u', 'model.map_noise.freqs'): assert torch.equal(v, net.state_dict()[k])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_cifar10_teacher_in_full_size():
     torch.manual_seed(0)

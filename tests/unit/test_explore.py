@@ -32,6 +32,7 @@ def proposed(**budget):
     return [(d.depth, d.width, d.heads, d.why) for d in propose(**budget)[:ex.NUM_SHOWN]]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(14_460, 20_000_000))
 @example(14_460)
@@ -84,6 +85,7 @@ def test_pictures_hold_every_point():
     assert [len(c['points']) for c in ours] == [len(measured)]*bool(measured)
 
 
+@pytest.mark.slow
 def test_without_a_table_there_are_the_papers_points_alone(tmp_path):
     assert ex.measured_points(tmp_path) == ({}, ('', ''), '')
     page = ex.build_explorer(tmp_path)

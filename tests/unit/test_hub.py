@@ -141,6 +141,7 @@ def test_upload_and_load(server, python):
     assert lines[5].startswith('a b/c is no folder and no shipped student') and len(lines) == 6
 
 
+@pytest.mark.slow
 def test_a_damaged_or_incomplete_download_is_named(server, python, tmp_path):
     from ditnano import DiT
     DiT.from_pretrained('nano-digits').save_pretrained(tmp_path/'w')
@@ -155,6 +156,7 @@ def test_a_damaged_or_incomplete_download_is_named(server, python, tmp_path):
     assert 'model.safetensors: damaged or altered' in damaged and 'no model.safetensors in that repository' in missing
 
 
+@pytest.mark.slow
 def test_names_and_folders_fetch_nothing(server, python, tmp_path):
     (tmp_path/'runs').mkdir()
     code = ("from ditnano import DiT\nDiT.from_pretrained('nano-digits').save_pretrained('runs/mine')\n"

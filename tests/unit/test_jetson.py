@@ -334,6 +334,7 @@ def alive(folder, mw, mhz):
         thread.join()
 
 
+@pytest.mark.slow
 def test_sampler_against_a_known_power_curve(tmp_path):
     w = 2*math.pi/.9
     with alive(tmp_path, lambda t: 8000+3000*math.sin(w*t), lambda t: 1020. if t%1<.5 else 918.):

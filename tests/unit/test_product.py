@@ -271,6 +271,7 @@ def test_a_teacher_without_classes(photos, tmp_path):
     assert not (out/'teacher').exists() and '1/4' not in (out/'README.md').read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_presets_by_time_and_pictures():
     assert [choose_preset(20e12, 3600, n) for n in (100, 2_000, 10_000, 50_000)][:3] == ['small','medium','7m']
     assert choose_preset(20e9, 600, 50_000) == 'small' and choose_preset(200e12, 36_000, 50_000) == 'cifar10'

@@ -54,6 +54,7 @@ def not_reached(task, step):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['get', 'two steps', 'get-model', 'dmd', 'ta', 'ta cosine', 'mi1'])
 def test_every_weight_learns_and_a_plain_network_is_kept(name, pairs, assistant, tmp_path):
     task = recipe_of(name, pairs, assistant)

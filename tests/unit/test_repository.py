@@ -42,6 +42,7 @@ def test_papermill_tags_survive_cleaning():
     assert 'tags' in INI['DEFAULT']['allowed_cell_metadata_keys'].split()
 
 
+@pytest.mark.slow
 def test_import_needs_no_development_tools():
     files = [p.relative_to(ROOT).with_suffix('') for p in (ROOT/'ditnano').rglob('*.py') if not p.stem.startswith('_')]
     imports = '\n'.join(sorted('import '+'.'.join(p.parts) for p in files))

@@ -278,6 +278,7 @@ def test_a_lock_of_another_host_is_waited_for_by_name_and_expires(tmp_path, monk
     assert lines == [f'{tmp_path.name}: process 1 on a-machine-that-is-gone holds it; waiting']
 
 
+@pytest.mark.slow
 def test_a_living_owner_keeps_its_lock_past_the_expiry(tmp_path, monkeypatch):
     monkeypatch.setattr(repro, 'LOCK_EXPIRY_S', 2.)
     got = []

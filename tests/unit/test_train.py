@@ -210,6 +210,7 @@ class OneFormula(DenoiseTask):
         return ((1/sigma**2+1/model.sigma_data**2)*(out-x).square().mean((1, 2, 3))).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('augment_dim, precision', [(9, 'fp32'), (0, 'bf16')])
 def test_a_denoiser_trains_as_ever_and_recorded_too(augment_dim, precision):
     cfg, finals = replace(DENOISE, precision=precision), []
