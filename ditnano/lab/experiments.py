@@ -95,12 +95,12 @@ def distill_config(
     guidance:float=None, # Default: the scale's; 1 for a GET model, which has none
     images:int=None,     # Images seen; default: the scale's
     content=None,        # Data and teacher, if they are known
-    lr:float=None,       # Learning rate; default: the scale's
+    lr:float=None,       # Learning rate; None or 0: the scale's
 )->dict: # JSON-able
     "Everything that decides the result of distilling and judging one student."
     (data, teacher), student = content or scale_content(scale), replace(as_student(design), image_size=scale.image_size)
     if guidance is None: guidance = 1.0 if isinstance(student, GETConfig) else scale.guidance
-    own = {} if lr is None else {'lr':lr}
+    own = {'lr':lr} if lr else {}
     train = train_config(scale, seed, images=images or scale.images, clip=CLIP_NORM.get(recipe, 0.0), **own)
     return {'recipe':recipe, 'options':_options(recipe, options or {}), 'student':student.to_dict(),
             'train':train.to_dict(), 'loss':_loss(loss or scale.loss),
@@ -146,10 +146,10 @@ def _mi1(scale, mappings=((6,),(3,6),(2,4,6))):
     return [dict(design=BASE, **({} if tuple(m)==BASE[:1] else dict(recipe='mi1', options=dict(layers=m))))
             for m in mappings]
 
-def _get_baseline(scale, models=((6,256,4),(7,192,12)), students=((7,192,12),), images=0):
+def _get_baseline(scale, models=((6,256,4),(7,192,12)), students=((7,192,12),), images=0, get_lr=None):
     seen = dict(images=images or scale.images)   # the same for all rows
-    return [dict(design=GETConfig(*m), recipe='get-model', **seen)
-            for m in models]+[dict(design=s, **seen) for s in students]
+    models = [dict(design=GETConfig(*m), recipe='get-model', lr=get_lr, **seen) for m in models]
+    return models+[dict(design=s, **seen) for s in students]
 
 # %% ../../nbs/lab/01_experiments.ipynb #b43b6cfb
 def _mlp_ratio(scale, ratios=(1,2,4,8)): return [dict(design=DiTConfig(*BASE, mlp_ratio=float(r))) for r in ratios]
