@@ -254,7 +254,7 @@ class TAOptions:
 
 @dataclass(frozen=True)
 class MI1Options:
-    "Multi-In-One: points of the probability flow, layer by layer (Table 4)"
+    "Multi-in-one: points of the probability flow, layer by layer (Table 4)"
     layers:tuple[int,...]=(3, 6) # Layers that learn a point, from 1; the last is the student's last
     times:tuple[float,...]|None=None # Their times, falling from 1 to 0; default evenly spaced
     sigma_min:float=0.02      # Noise level at time 0; EDM's own is 0.002

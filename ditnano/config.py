@@ -137,7 +137,7 @@ class DiTConfig(Config):
 
     @property
     def tokens(self)->int:
-        "Number of patches N."
+        "Number of tokens T, one for each patch."
         return (self.image_size//self.patch)**2
 
     @property
@@ -190,8 +190,8 @@ class UNetConfig(Config):
 # %% ../nbs/01_config.ipynb #d7e530c3
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    "How a network is trained; the defaults are the paper's (Appendix C)."
-    images:int=25_600_000     # Images seen
+    "How a network is trained; the defaults are the paper's (Appendix C), except `images`."
+    images:int=25_600_000     # Images seen; the paper has 100 million
     batch:int=256             # Images per step, over all devices
     lr:float=1e-4             # Learning rate of AdamW
     weight_decay:float=0.01   # Decoupled weight decay

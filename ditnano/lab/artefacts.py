@@ -266,7 +266,8 @@ STUDENTS = {
     **{f'nano-{size.lower()}': Student('gpu', size=size) for size in SIZES},
 }
 PAIRS = {'pairs-digits32':('digits32',480), 'pairs-cifar10-7m':('cifar10-7m',2000)}  # name: teacher, count
-REFERENCES = {'reference-cifar10-jpeg@16':('cifar10@16',('cifarnet','efficientnet-lite0'))} # name: images, judges
+REFERENCES = {'reference-cifar10-jpeg@16':('cifar10@16',('cifarnet','efficientnet-lite0')), # name: images, judges
+              'reference-cifar10-jpeg':('cifar10',('cifarnet','efficientnet-lite0'))}
 
 # %% ../../nbs/lab/11_artefacts.ipynb #8c2dd657
 def _weights(config, root): return Run(root, 'distill', config).folder/'student'
@@ -321,7 +322,7 @@ def _facts(card):
         'recipe': f"{c['recipe']}, loss {loss['name']}{network}",
         'training': f"{t['images']:,} images seen, batch {t['batch']}, AdamW, learning rate {t['lr']:g}, EMA "
             f"{t['ema']:g}, {t['precision']}, seed {t['seed']}; {where['train_seconds']:,} s on {where['device_name']}",
-        'judged': f"{card['samples']:,} samples, guidance {e['guidance']:g}, seeds from {e['seed']:,} on, by "
+        'evaluated': f"{card['samples']:,} samples, guidance {e['guidance']:g}, seeds from {e['seed']:,} on, by "
             f"{' and '.join(e['judges'])}",
         'numbers': ', '.join(f'{k} {v:,.4g}' for k,v in card['metrics'].items()),
         'run': f"distill-{card['key']}, commit {_short(where['code']['commit'])}, torch {where['libraries']['torch']}"}
@@ -331,7 +332,7 @@ def model_card(
     name:str,  # Of the student
     card:dict, # As `build_shipped` stores it in the student's config.json
 )->str: # Markdown
-    "A page on a trained student: what it is, what made it, how it was judged, what its samples show."
+    "A page on a trained student: what it is, what made it, how it was evaluated, what its samples show."
     m = as_student(card['config']['student'])
     size = f'{count_params(m):,} parameters ({count_params(m, folded=True):,} deployed)'
     rows = '\n'.join(f'| {k} | {v} |' for k,v in _facts(card).items())
@@ -357,8 +358,8 @@ images = sample(DiT.from_pretrained('{name}'), seeds=range(10**8, 10**8+10), \
 guidance={card['config']['eval']['guidance']:g})  # uint8 (10, 3, {m.image_size}, {m.image_size})
 ```
 
-The numbers are distances and scores of the judges named above; only FID and IS mean Inception-v3. \
-Compare them only with numbers of the same judge and sample count.
+The numbers are distances and scores of the feature extractors named above; only FID and IS mean Inception-v3. \
+Compare them only with numbers of the same extractor and sample count.
 '''
 
 # %% ../../nbs/lab/11_artefacts.ipynb #330ad1f0

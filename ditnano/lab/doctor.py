@@ -64,6 +64,7 @@ BUNDLED_WEIGHTS = {  # name: needed for
     'pairs-digits32':'a quick start at smoke', 'nano-digits':'ditnano sample',
     'teacher-cifar10-small':'pairs for CIFAR-10',
     'teacher-cifar16':'pairs at scale night', 'reference-cifar10-jpeg@16':'metrics at scale night',
+    'teacher-cifar10-7m':'pairs at scale lease', 'reference-cifar10-jpeg':'metrics of nano-cifar10',
     'cifarnet':'metrics of CIFAR-10', 'cifarlens':'perceptual-cifarlens',
 }
 

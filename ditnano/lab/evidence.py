@@ -22,7 +22,7 @@ from ..repro import figures_dir, project_folder, runs_dir, write_json
 
 # %% ../../nbs/lab/06_evidence.ipynb #e345f06d
 MUST_BE_SINGLE = ('scale','data','teacher','samples','guidance','images')  # Conditions that one table may not mix
-_LABELS = {'images':'images seen', 'seed':'seeds'}
+_LABELS = {'images':'images seen', 'seed':'seeds', 'judges':'feature extractors'}
 _ORDER = ('scale','data','teacher','recipe','loss','images','samples','guidance','judges','seed','device')
 
 def _values(frame, column):

@@ -138,7 +138,7 @@ def test_upload_and_load(server, python):
     assert lines[2].startswith('someone/other: no folder, and not fetched from the Hub (')
     assert lines[3].startswith('someone/student at v9: no folder, and not fetched from the Hub (')
     assert lines[4].startswith('someone/broken: no folder, and not fetched from the Hub (')
-    assert lines[5].startswith('a b/c is no folder and no shipped student') and len(lines) == 6
+    assert lines[5].startswith('student a b/c: no folder and no shipped student') and len(lines) == 6
 
 
 @pytest.mark.slow
@@ -164,5 +164,6 @@ def test_names_and_folders_fetch_nothing(server, python, tmp_path):
             "for args in (('runs/yours',), ('nano-9m',), ('./a/b',), ('runs/mine', 'v1')):\n"
             "    try: DiT.from_pretrained(*args)\n    except (FileNotFoundError, ValueError) as e: print(e)")
     lines = python(code).splitlines()
-    assert [line.split(' is no ')[0] for line in lines[:3]] == ['runs/yours', 'nano-9m', './a/b'] and server.log == []
+    assert [line.split(': no ')[0] for line in lines[:3]] == ['student runs/yours', 'student nano-9m', 'student ./a/b']
+    assert server.log == []
     assert lines[3] == "revision 'v1' of runs/mine: expected a Hub id, 'owner/name'"
