@@ -82,7 +82,9 @@ def _bench_rows(path):
     def timing(r): return (*(int(r[k]) for k in ('depth', 'width', 'heads')), float(r['seconds_50k']))
     sides = {}
     try:
-        for r in rows: sides.setdefault((r.get('backend'), r.get('precision')), []).append(timing(r))
+        for r in rows:
+            if r.get('model')=='GET': continue   # propose() asks for students
+            sides.setdefault((r.get('backend'), r.get('precision')), []).append(timing(r))
     except (KeyError, ValueError):
         raise ValueError(f"{path}: expected a CSV with columns depth, width, heads, seconds_50k, "
                          "as `ditnano bench --out` writes it") from None
@@ -406,7 +408,7 @@ def eval(
     options = _image_options(size, channels, skip_damaged, columns)
     model = load_model(weights)
     data = data or _training_data(model)
-    names = extractors.split(',') if extractors else ['digitsnet' if data.startswith('digits') else 'cifarnet']
+    names = extractors.split(',') if extractors else [_default_extractor(data)]
     reference = reference_set(data, **options)
     loss, seeds = _training_loss(model), range(EVAL_SEED, EVAL_SEED+samples)
     images, labels = sample(model, seeds, guidance=guidance, device=device), sample_labels(seeds, model.cfg)
@@ -423,6 +425,8 @@ def _image_options(size, channels, skip_damaged, columns):
     "Options of `load_images` that differ from its own."
     if (size, channels, skip_damaged, columns)==(None, 3, False, None): return {}
     return {'size':size, 'channels':channels, 'skip_damaged':skip_damaged, 'columns':columns, 'log':print}
+
+def _default_extractor(data): return 'digitsnet' if data.startswith('digits') else 'cifarnet'
 
 def _training_data(model):
     return ((model.card or {}).get('config') or {}).get('data', {}).get('name', 'digits32')
@@ -445,9 +449,9 @@ def export(
     jetpack5:bool=False,         # With --bundle: graphs for TensorRT 8.5 too
     target:str='',               # For c: build for host, aarch64-linux, armv7-linux, x86_64-windows, ..., or several
     array:bool=False,            # For c: also the weights as a C array
-    quality:int=0,               # Compare so many images of the file and of the student with real ones
-    extractor:str='digitsnet',   # By this feature extractor
-    data:str='digits32',         # With these images: digits32, cifar10, or a folder, archive or hf:OWNER/NAME
+    quality:int=0,               # Compare so many images of the ONNX or OpenVINO file and of the student with real
+    extractor:str|None=None, # By this feature extractor; default digitsnet or cifarnet
+    data:str|None=None, # With these: digits32, cifar10, a folder, archive, hf:OWNER/NAME; default those of its teacher
     size:int|None=None,          # Their side in pixels; default as they are
     channels:Literal[1,3]=3,     # Their channels; 1 is grey
     skip_damaged:bool=False,     # Skip pictures that cannot be read, and list them
@@ -468,8 +472,9 @@ def export(
     from ditnano.deploy.export import to_c, to_onnx, to_openvino
     from ditnano.deploy.web import to_web
     from ditnano.dit import DiT
-    from ditnano.images import load_images
+    from ditnano.metrics import check_extractors, reference_set
     model, name = DiT.from_pretrained(weights), Path(weights).name
+    _check_export(format, precision, quality, bundle, jetpack5, target, array)
     if bundle:
         made = write_bundle(model, bundle, name, guidance, batch=batch, jetpack5=jetpack5)
         return print(f"{bundle}: {made['run']}, there or on the device")
@@ -481,12 +486,25 @@ def export(
         made = to_web(model, out or 'site', name, guidance)
         return print(f"{Path(out or 'site')/made['file']}: {made['bytes']:,} bytes; open it in a browser")
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
+    data = data or _training_data(model)
+    network, loss = extractor or _default_extractor(data), _training_loss(model)
+    if quality:
+        images = reference_set(data, **_image_options(size, channels, skip_damaged, columns))
+        check_extractors([network], images, loss)
     if format=='onnx': made = to_onnx(model, out, precision, guidance, batch, opset)
     else: made = to_openvino(model, out, precision, guidance, batch)
     print(f"{out}: {made['bytes']:,} bytes")
-    if quality:
-        images = load_images(data, **_image_options(size, channels, skip_damaged, columns))
-        _print_quality(compare_quality(model, out, extractor, quality, images))
+    if quality: _print_quality(compare_quality(model, out, network, quality, images, loss=loss))
+
+def _check_export(format, precision, quality, bundle, jetpack5, target, array):
+    "Refuse options that this form of export would not read."
+    form = 'bundle' if bundle else format
+    unread = {'--quality':quality and form not in ('onnx','openvino'), '--target':target and form!='c',
+              '--array':array and form!='c', '--jetpack5':jetpack5 and form!='bundle'}
+    for option in (k for k,v in unread.items() if v):
+        raise UsageError(f"{option}: not read by {form}; expected an export that has this option")
+    if form=='web' and precision=='int8':
+        raise UsageError("--precision int8: not written by web; expected fp16, as a page has")
 
 def _print_quality(q):
     for k in q['file']:
@@ -550,6 +568,8 @@ def bench(
                                                 device=device)
     elif what=='web': rows = b.bench_web(students, runs_dir(), rounds, fetch=fetch)
     elif what=='record':
+        if backends!='eager,native,openvino':
+            raise UsageError(f"--backends {backends}: not read by record; expected none, as it times PyTorch")
         rows = b.bench_records(students, runs_dir(), batch or 128, kinds, guided, device=device, models=models)
     else:
         designs = b.TABLE_2 if what=='tables' else students
@@ -596,6 +616,7 @@ def sweep(
     if executor=='auto':
         many = pick_device(device).type=='cuda' and 'RANK' not in os.environ
         executor = 'processes' if many else 'inline'
+    if slurm and executor!='slurm': raise UsageError(f"--slurm {slurm[0]}: not read; expected --executor slurm with it")
     limit = _minutes_left(minutes, float('inf'))
     settings = slurm_settings(slurm)
     def job_minutes(configs): return _job_minutes(configs, s, settings)
@@ -699,7 +720,8 @@ def _list_best(runs, out):
 def _dry_run(scale, root, device, out):
     from ditnano.lab.plan import GPU_RATE_NOTE, gpu_hours, plan, summarize_plan
     rows, lacks, rates = plan(scale, root, device, out or '')
-    print(text_table([r | {'done':'yes' if r['done'] else 'no', 'recorded':r['recorded'] or ''} for r in rows]))
+    shown = [r | {'done':'yes' if r['done'] else 'no', 'recorded':r['recorded'] or ''} for r in rows]
+    print(text_table([{k:v for k, v in r.items() if k!='here'} for r in shown]))
     print(summarize_plan(rows, scale, rates))
     print(f"pairs included, about {gpu_hours(rows, scale):.3g} GPU-hours on a data-centre GPU, {GPU_RATE_NOTE}")
     print('\n'.join(f'missing: {line}' for line in lacks) or 'nothing is missing')

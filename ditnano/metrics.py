@@ -377,6 +377,9 @@ def _check_size(images, reference):
     "Refuse images of another size than the reference's, if that is known."
     if isinstance(reference, Reference): size = reference.size
     else: size = reference.images.shape[-1] if hasattr(reference, 'images') else images.shape[-1]
+    grey = hasattr(reference, 'images') and reference.images.shape[1]==1
+    if grey and not torch.equal(images[:,0], images[:,-1]):
+        raise ValueError(f"images in colour, reference {reference.name!r} in grey; expected both in one")
     if images.shape[-1]==size: return
     raise ValueError(f"images of {images.shape[-1]} pixels, reference {reference.name!r} of {size}; expected one size")
 
@@ -402,7 +405,7 @@ def kernel_distance(
 )->tuple: # Mean and standard deviation over the subsets; the mean is 0 for equal distributions, and may be negative
     "Unbiased kernel distance (KID's formula, Binkowski et al. 2018), by torch-fidelity."
     both = [torch.as_tensor(np.asarray(f)).double() for f in (features, reference_features)]
-    n = min(size, *map(len, both))
+    n = min(size, max(2, min(map(len, both))//2))   # subsets of a whole set would all be the same
     if n<2 or both[0].shape[1:]!=both[1].shape[1:]:
         found = f"features of {tuple(both[0].shape)} and {tuple(both[1].shape)}"
         raise ValueError(f"{found}; expected (N, D) and (M, D), 2 or more of each")

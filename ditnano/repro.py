@@ -196,10 +196,14 @@ def _move_into_place(tmp, path):
         aside = tmp.with_name(tmp.name.removesuffix('tmp')+'old.tmp')
         with contextlib.suppress(FileNotFoundError): os.rename(path, aside)
         try: os.rename(tmp, path)
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
-        else: return
-        finally: _remove(aside)
+        except BaseException as e:
+            if isinstance(e, OSError) and e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                _remove(aside)
+                continue
+            with contextlib.suppress(OSError): os.rename(aside, path)   # what was there comes back
+            raise
+        _remove(aside)
+        return
     raise OSError(errno.EBUSY, "another process keeps writing this folder; expected one writer at a time", str(path))
 
 # %% ../nbs/00_repro.ipynb #e6ba6261

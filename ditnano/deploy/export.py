@@ -266,6 +266,7 @@ def quality(
     reference='digits32',  # Image set, by name or as an ImageSet
     made:torch.Tensor=None, # The student's own images for these seeds, if available
     seed:int=100_000_000,  # First seed; of noise that no pair has, since a student knows its training pairs better
+    loss:str=None,         # What the student was trained with; its network may not evaluate
 )->dict: # `student` and `file` (the extractor's metrics), `pixels`, `changed`, `between`, `samples`
     "What a file's precision changes: in the extractor's metrics and in the images."
     reference = load_images(reference) if isinstance(reference, str) else reference
@@ -273,7 +274,7 @@ def quality(
     made = sample(model, seeds, guidance=describe(path)['guidance']) if made is None else made
     theirs, labels = file_images(path, seeds, model.cfg), _inputs(model.cfg, seeds)[1]
     both = {'student':made, 'file':theirs}
-    metrics = {k:evaluate(v, labels, reference, [extractor], splits=1, device='cpu') for k,v in both.items()}
+    metrics = {k:evaluate(v, labels, reference, [extractor], splits=1, device='cpu', loss=loss) for k,v in both.items()}
     moved = (theirs.int()-made.int()).abs()
     return metrics | {'pixels':float(moved.float().mean()), 'changed':float((moved>1).float().mean()),
                       'between':frechet(theirs, made, extractor), 'samples':samples}

@@ -127,7 +127,7 @@ class Cuda:
         "Address of `size` bytes that belong to `name`; kept from call to call."
         address, previous = self.blocks.get(name, (None, 0))
         if previous!=size:
-            if previous: self.call('cudaFree', address)
+            if previous: self.call('cudaFree', self.blocks.pop(name)[0])
             address = ctypes.c_void_p()
             self.call('cudaMalloc', ctypes.byref(address), ctypes.c_size_t(size))
             self.blocks[name] = (address, size)

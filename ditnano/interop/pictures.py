@@ -128,7 +128,8 @@ def read_folder(
     labelled = root/'dataset.json'
     if labelled.is_file(): rows, classes = _labelled(where, pictures, labelled.read_bytes())
     else: rows, classes = _arrange(where, pictures), None
-    listing = [(n, (root/n).stat().st_size, (root/n).stat().st_mtime_ns) for n in names]
+    stats = [(n, (root/n).stat()) for n in names]
+    listing = [str(root.resolve()), *((n, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for n,st in stats)]
     other = tuple(n for n in names if not _is_picture(n) and n!='dataset.json')
     return Source(where, rows, _FolderReader(root), content_hash(listing), other, classes)
 
@@ -184,7 +185,8 @@ class _ArrayReader:
     images:np.ndarray
     def __call__(self, name):
         f = io.BytesIO()
-        Image.fromarray(self.images[int(name.removeprefix('image '))]).save(f, 'bmp')
+        image = Image.fromarray(self.images[int(name.removeprefix('image '))])
+        image.save(f, 'png' if image.mode=='RGBA' else 'bmp')   # BMP has no transparency
         return f.getvalue()
 
 def read_npz(

@@ -225,7 +225,7 @@ def _records():
     for folder in (runs_dir, lambda: figures_dir()/'evidence'):
         try: root = folder()
         except FileNotFoundError: continue   # no repository here
-        for path in sorted(root.glob('*/result.json')): yield path.parent, read_result
+        for path in sorted(root.glob('[!.]*/result.json')): yield path.parent, read_result
         yield from _artifacts(root)   # students
 
 def _everything():

@@ -269,7 +269,8 @@ def latency_note(
     return f"seconds for 50,000 {images} extrapolated from {batches}, {', '.join(settings)}, on {cards}"
 
 # %% ../../nbs/lab/06_evidence.ipynb #8be41988
-_ALIKE = ('depth','width','heads',*DEFAULT_STUDENT,*MUST_BE_SINGLE,'recipe','options','loss','batch','lr')
+_ALIKE = ('depth','width','heads',*DEFAULT_STUDENT,*MUST_BE_SINGLE,'recipe','options','loss','batch','lr',
+          'weight_decay','ema','warmup','anneal','train_precision','teacher_steps')
 
 def _check_group(where, group):
     if extra := [c for c in _ALIKE if len(_values(group,c))>1]:
@@ -289,7 +290,9 @@ def aggregate_seeds(
     repeated = [v for v in values if (spread[v]>0).any()]   # one timing serves all seeds of a design and has no spread
     columns = [c for v in values for c in (v,f'{v} sd') if v in repeated or c==v]
     out = out.join(spread[repeated].add_suffix(' sd'))[columns]
-    return out.assign(seeds=groups.size()).reset_index()
+    measured = groups[list(values)].count()   # a value that one seed lacks is of fewer seeds
+    seeds = measured.where(measured>0).min(axis=1).fillna(groups.size()).astype(int)
+    return out.assign(seeds=seeds).reset_index()
 
 # %% ../../nbs/lab/06_evidence.ipynb #f3c6e8df
 NOT_RUN, NOT_MEASURED = 'not run yet', 'not measured'

@@ -138,10 +138,13 @@ def _read_block(config, folder, block):
 # %% ../../nbs/lab/02_execute.ipynb #1f61948c
 def _block_metrics(images, labels, config, device):
     "Metrics of one block by every feature extractor, against every reference."
-    e, out = config['eval'], {}
+    e, data, out = config['eval'], config['data'], {}
     for split in e.get('references', ['train']):
-        found = evaluate(images, labels, reference_set(config['data']['name'], split), e['judges'],
-                         loss=config['loss']['name'], device=device)
+        real = reference_set(data['name'], split)
+        if split=='train' and data['sha256'] not in (None, real.hash):
+            raise ValueError(f"images {data['name']}: sha256 {real.hash[:12]}; expected the configuration's "
+                             f"{data['sha256'][:12]}")
+        found = evaluate(images, labels, real, e['judges'], loss=config['loss']['name'], device=device)
         out |= {f'{k} (test)' if split=='test' and k.startswith(('FD-','FID')) else k:v for k,v in found.items()}
     return out
 

@@ -123,8 +123,8 @@ def _runs(s, work):
     "The missing runs that fit, one after the other; finished ones correct the expected times."
     ratios, skipped, failures = [], [], 0
     for config in work.todo():
-        expected, label = work.expected_seconds(config)*work.notes.get('ratio', 1.), run_label(config)
-        if SAFETY*expected>s.left():
+        expected, label = work.expected_seconds(config), run_label(config)   # before a run that makes its assistant too
+        if SAFETY*expected*work.notes.get('ratio', 1.)>s.left():
             skipped.append(label)
             continue
         s.step(label, lambda: work.run(config, s.left()), needed=failures+1>=MAX_FAILURES)   # noqa: B023
@@ -132,7 +132,7 @@ def _runs(s, work):
         if failures:
             work.notes.setdefault('failed', {})[label] = row['note']
             continue
-        ratios.append((row['end']-row['start'])/max(work.expected_seconds(config), 1e-9))
+        ratios.append((row['end']-row['start'])/max(expected, 1e-9))
         work.notes['ratio'] = median(ratios)
     fits = f'{max(0, s.left()):.0f} s that are left'
     if skipped: s.note('not started', f'{len(skipped)} runs that do not fit into {fits}, first {skipped[0]}')
@@ -213,7 +213,7 @@ class LeaseFolder:
 
     def pack(self, folder, prefix:str):
         "Put a folder into the packs, without its weights if they do not fit."
-        self.notes['finished'] += 1
+        self.notes |= {'finished':self.notes['finished']+1, 'at':round(time.time(), 1)}
         if (Path(folder)/'student'/'model.safetensors').is_file(): halve_weights(Path(folder)/'student')
         for weights in (True, False):
             if place := self.packs.add(folder_members(folder, prefix, weights), self.notes): break
@@ -223,7 +223,7 @@ class LeaseFolder:
     def pack_rest(self):
         "Pack what an attempt before this one has finished but not packed."
         there = self.packs.names() | set(self.taken)
-        folders = [(f, f'runs/{f.name}') for f in sorted(self.runs.glob('*')) if read_result(f)]
+        folders = [(f, f'runs/{f.name}') for f in sorted(self.runs.glob('[!.]*')) if read_result(f)]
         if self.teacher_folder.is_dir(): folders.append((self.teacher_folder, f'teachers/{self.scale.teacher}'))
         for folder,prefix in folders:
             if prefix.split('/')[1] not in there: self.pack(folder, prefix)
@@ -500,7 +500,10 @@ def lease(
         log(f'taken: {len(work.taken)} runs and teachers')
     work.pack_rest()
     check_requirements(scale)
-    return run_lease(work, minutes-(clock()-start)/60, clock, log)
+    rows = run_lease(work, minutes-(clock()-start)/60, clock, log)
+    notes = work.notes | {'at':round(time.time(), 1)}
+    if 'failed' in notes and not work.packs.add({}, notes): log('failures: do not fit into the packs')
+    return rows
 
 # %% ../../nbs/lab/14_lease.ipynb #9a723fff
 def plan_lease(

@@ -23,7 +23,16 @@ from ..config import Scale, load_scale
 from .evidence import evidence_folders
 from .processes import Children, end_with_parent, sigterm_interrupts
 from .runs import read_result, record_hash
-from ..repro import content_hash, figures_dir, file_hash, project_root, runs_dir, weights_dir, write_json
+from ditnano.repro import (
+    content_hash,
+    figures_dir,
+    file_hash,
+    project_folder,
+    project_root,
+    runs_dir,
+    weights_dir,
+    write_json,
+)
 
 # %% ../../nbs/lab/19_notebooks.ipynb #05930761
 def print_line(line): print(line, flush=True)  # a pipe would keep the lines until the end
@@ -186,7 +195,7 @@ def run_notebook(
 # %% ../../nbs/lab/19_notebooks.ipynb #aa099090
 def _result_hashes(folders, scale):
     found = {}
-    for f in (f.parent for folder in folders for f in sorted(Path(folder).glob('*/result.json'))):
+    for f in (f.parent for folder in folders for f in sorted(Path(folder).glob('[!.]*/result.json'))):
         r = read_result(f)
         if scale in ('best', r['scale'], *r.get('also',[])): found.setdefault(f.name, record_hash(r))
     return found
@@ -205,6 +214,12 @@ def _module_hashes(source):
     return found
 
 # %% ../../nbs/lab/19_notebooks.ipynb #2814b259
+def _data_hashes():
+    "Hashes of the scales and of the package's tables of data, such as the claims' rules."
+    package = weights_dir().parent
+    folders = package, package/'lab', project_folder('nbs/scales')
+    return {f'{f.name}/{p.name}':file_hash(p) for f in folders for p in sorted(f.glob('*.yaml'))}
+
 def inputs_hash(
     notebook,        # A drawing notebook
     parameters:dict, # Its parameters
@@ -215,7 +230,7 @@ def inputs_hash(
     import nbformat
     source = [[c.cell_type,c.source] for c in nbformat.read(notebook, 4).cells]
     return content_hash(dict(source=source, parameters=parameters, code=_module_hashes('\n'.join(s for _,s in source)),
-                             results=_result_hashes(folders, scale)))
+                             results=_result_hashes(folders, scale), data=_data_hashes()))
 
 # %% ../../nbs/lab/19_notebooks.ipynb #a0c9a0a3
 def _output_hashes(stem, out): return {p.name:file_hash(p) for p in sorted(Path(out).glob(f'{stem}[._]*'))}

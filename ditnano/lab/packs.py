@@ -135,7 +135,8 @@ def folder_members(
     folder = Path(folder)
     kinds = ('.json','.jsonl','.png','.safetensors')
     found = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix in kinds]
-    found = [p for p in found if not p.name.startswith('.') and p.name!='state.safetensors']
+    hidden = [any(part.startswith('.') for part in p.relative_to(folder).parts) for p in found]
+    found = [p for p,h in zip(found,hidden) if not h and p.name!='state.safetensors']
     if not weights: found = [p for p in found if p.parent==folder and p.suffix!='.safetensors']
     return {f'{prefix}/{p.relative_to(folder).as_posix()}':p.read_bytes() for p in found}
 
@@ -186,7 +187,7 @@ def take_packs(
     if not paths: raise FileNotFoundError(f'{folder}: no packs; expected pack-0.tar and so on, from `ditnano lease`')
     for path in paths:
         members, own = read_pack(path)
-        if own.get('finished', 0)>=notes.get('finished', 0): notes = own
+        if own.get('at', 0)>=notes.get('at', 0): notes = own
         for name,data in members.items():
             kind, item, rest = name.split('/', 2)
             found.setdefault((kind, item), {})[rest] = data

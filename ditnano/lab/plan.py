@@ -34,7 +34,7 @@ from ditnano.lab.experiments import (
 from .runs import Run, read_result
 from .statistics import MIN_DEGREES_OF_FREEDOM
 from ..principles import count_flops, count_params
-from ..repro import pick_device
+from ..repro import fingerprint, pick_device
 
 # %% ../../nbs/lab/09_plan.ipynb #9ef905e6
 def _seconds_per_image(step, batch, device, repeats=2):
@@ -232,6 +232,13 @@ def _widths(configs):
     assistants = [assistant_config(c) for c in configs if c['recipe']=='ta']
     return {as_student(c['student']).width for c in [*configs, *assistants]}
 
+def _recorded(record, here):
+    "Hours of a finished run, and whether they are of a device of the kind that is here."
+    if not record: return {'recorded':None, 'here':False}
+    device = record['device']
+    hours = max(record['seconds'], device.get('train_seconds') or 0)/3600
+    return {'recorded':hours, 'here':all(device.get(k)==here.get(k) for k in ('device','device_name'))}
+
 def plan(
     scale:Scale,       # How much of everything
     root,              # Folder of runs
@@ -243,14 +250,13 @@ def plan(
     known = not any(l.startswith(('images','teacher')) for l in lacks)
     unknown = tuple({'name':name, 'sha256':None} for name in (scale.data, scale.teacher))
     content = scale_content(scale) if known else unknown
-    configs = scale_configs(scale, content)
+    configs, here = scale_configs(scale, content), fingerprint(pick_device(device))
     rates, rows = measure_rates(scale, _widths([c for _,c in configs.values()]), device), []
     for key,(experiment,c) in configs.items():
         records = (read_result(f/f'distill-{key}') for f in [Path(root), *evidence_folders(out or root)])
         record = next((r for r in records if r), None)
-        recorded = record['seconds']/3600 if record else None
         row = {'experiment':experiment, 'run':run_label(c), 'seed':c['train']['seed'], 'done':record is not None,
-               'recorded':recorded}
+               **_recorded(record, here)}
         rows.append(row | run_cost(c, rates))
     return rows, lacks, rates
 
@@ -270,19 +276,22 @@ def summarize_plan(
     "Runs to do and their hours by the measured rate, scaled by what finished runs took; recorded hours beside them."
     cores = cores or os.cpu_count() or 1
     done, todo = [r for r in rows if r['done']], [r for r in rows if not r['done']]
-    expected, recorded = sum(r['hours'] for r in done), sum(r['recorded'] for r in done)
-    factor = recorded/expected if len(done)>2 else 1.
+    timed = [r for r in done if r['here']]
+    expected, recorded = sum(r['hours'] for r in timed), sum(r['recorded'] for r in timed)
+    factor = recorded/expected if len(timed)>2 else 1.
     total, left = (sum(r['hours'] for r in some)*factor for some in (rows, todo))
     pairs = scale.pairs*(2*scale.teacher_steps-1)*rates['teacher']/3600
-    how = f', scaled by {factor:.2f} as {len(done)} finished runs took' if len(done)>2 else ''
+    how = f', scaled by {factor:.2f} as {len(timed)} finished runs took' if len(timed)>2 else ''
     def hours(x): return format_duration(3600*x)
     lines = [f"{len(todo)} of {len(rows)} runs to do: {hours(left)} of one process{how}; with {cores} processes of one "
              f"thread {hours(left/cores)}",
              f"all {len(rows)} runs: {hours(total/cores)} with {cores} processes; {scale.pairs:,} pairs of "
              f"{scale.teacher}: {hours(pairs/cores)}"]
-    if done:
-        lines.append(f"recorded: {hours(recorded)} for {len(done)} finished runs, for which {hours(expected)} were "
+    if timed:
+        lines.append(f"recorded: {hours(recorded)} for {len(timed)} finished runs, for which {hours(expected)} were "
                      "expected")
+    if elsewhere := [r['recorded'] for r in done if not r['here']]:
+        lines.append(f"recorded on another device: {hours(sum(elsewhere))} for {len(elsewhere)} finished runs")
     return '\n'.join(lines)
 
 # %% ../../nbs/lab/09_plan.ipynb #85bbbd4a
@@ -344,7 +353,7 @@ def planned_rows(
         m = as_student(r['design'])
         kind = 'GET' if isinstance(m,GETConfig) else 'DiT'
         same = dict(model=kind, depth=m.depth, width=m.width, heads=m.heads, recipe=r.get('recipe','get'),
-                    loss=r.get('loss') or s.loss, images=r.get('images') or s.images)
+                    loss=r.get('loss') or s.loss, images=r.get('images') or s.images, lr=r.get('lr') or s.lr)
         guidance = r.get('guidance') or (1.0 if kind=='GET' else s.guidance)
         options = json.loads(json.dumps(r.get('options') or {}))
         rows.append(dict(label=_label(experiment,r,m,s), guidance=guidance, options=options, **same))
@@ -352,7 +361,8 @@ def planned_rows(
 
 # %% ../../nbs/lab/09_plan.ipynb #54c62a55
 _COLUMNS = ('kind','scale','seed','model','depth','width','heads','recipe','loss','images','guidance','options','batch',
-            'lr','pairs','samples','mlp_ratio','steps','data','teacher','folder')
+            'lr','weight_decay','ema','warmup','anneal','train_precision','teacher_steps','pairs','samples','mlp_ratio',
+            'steps','data','teacher','folder')
 
 def runs_of(
     found:pd.DataFrame, # What `runs.collect` gives
@@ -361,8 +371,9 @@ def runs_of(
 )->pd.DataFrame: # Its runs, with a `label`
     "The runs that an experiment has at a scale."
     found = found.reindex(columns=list(dict.fromkeys([*found,*_COLUMNS])))
-    found = matching(found, kind='distill', scale=s.name, batch=s.batch, lr=s.lr, pairs=s.pairs, samples=s.samples,
-                     mlp_ratio=4.0, steps=1)
+    found = matching(found, kind='distill', scale=s.name, batch=s.batch, weight_decay=s.weight_decay, ema=s.ema,
+                     warmup=s.warmup, anneal=s.anneal, train_precision=s.precision, teacher_steps=s.teacher_steps,
+                     pairs=s.pairs, samples=s.samples, mlp_ratio=4.0, steps=1)
     def fits(r, p):
         if any(r[k]!=v for k,v in p.items() if k not in ('label','options')): return False
         return p['options'].items()<=json.loads(r['options'] or '{}').items()

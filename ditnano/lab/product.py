@@ -12,6 +12,7 @@ __all__ = ['VIEWS', 'PRESET_NEEDS', 'TEACHER_FILES', 'ENOUGH_IMAGES', 'MAX_REFER
            'product_card', 'distill']
 
 # %% ../../nbs/lab/15_product.ipynb #bcff9a22
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -458,7 +459,8 @@ class Product:
     def share(self, stage:str)->float:
         "Seconds for a stage: its part of the time that is left, and at least a third of its part of all."
         later = self.stages[self.stages.index(stage):]
-        left = self.seconds-sum(self.plan.stage(s).get('seconds', 0) for s in self.stages)
+        spent = [self.plan.stage(s) for s in self.stages]
+        left = self.seconds-sum(s.get('seconds', s.get('spent', 0)) for s in spent)
         return max(left*SHARES[stage]/sum(SHARES[s] for s in later), self.seconds*SHARES[stage]/3)
 
     def teacher(self):
@@ -494,10 +496,14 @@ def run_stage(
     if done: return p.log(f'{where}: done before')
     seconds = p.share(stage)
     p.log(f'{where}: {STAGES[stage]}; about {seconds/60:.1f} min')
-    start = time.monotonic()
-    facts = work(p, seconds) or {}
-    before = p.plan.stage(stage).get('seconds', 0)   # of exports that were made earlier
-    p.plan.note(stage, seconds=round(before+time.monotonic()-start, 1), **facts)
+    start, known = time.monotonic(), p.plan.stage(stage)
+    before = known.get('seconds', known.get('spent', 0))   # of an attempt that was stopped, or of earlier exports
+    def spent(): return round(before+time.monotonic()-start, 1)
+    try: facts = work(p, seconds) or {}
+    except BaseException:
+        with contextlib.suppress(OSError): p.plan.note(stage, spent=spent())
+        raise
+    p.plan.note(stage, seconds=spent(), **facts)
 
 # %% ../../nbs/lab/15_product.ipynb #08b7c839
 def make_teacher(

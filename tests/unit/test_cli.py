@@ -88,7 +88,10 @@ MISTAKES = [('design', '--max-params', '1000'), ('design', '--max-params', 'many
             ('train', 'get-model', '--steps', '2', '--out', 'nowhere'), ('sample', '--weights', 'nano-6m'),
             ('paper', '--scale', 'huge', '--dry-run'), ('paper', '--only', 'figure_99'), ('sweep', 'nothing'),
             ('pairs', '--teacher', 'nobody'), ('pairs', '--import-get', 'nowhere'), ('build', 'nano-9m'),
-            ('export', '--weights', 'nano-6m')]
+            ('export', '--weights', 'nano-6m'), ('export', '--format', 'web', '--quality', '9'),
+            ('export', '--format', 'web', '--precision', 'int8'), ('export', '--array'), ('export', '--jetpack5'),
+            ('export', '--target', 'host'), ('export', '--quality', '9', '--extractor', 'digitslens'),
+            ('sweep', '--slurm', 'partition=gpu'), ('bench', 'record', '--backends', 'native')]
 
 
 @pytest.mark.parametrize('words', MISTAKES, ids=' '.join)
@@ -194,3 +197,10 @@ def test_a_student_is_compared_with_the_images_of_its_teacher(capsys):
     cli.main(['eval', '--weights', 'nano-cifar16', '--samples', '20'])
     said = capsys.readouterr().out
     assert 'FD-cifarnet' in said and 'reference: cifar10-jpeg@16' in said
+
+
+def test_a_file_is_compared_with_the_images_of_its_student(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.main(['export', '--weights', 'nano-cifar16', '--quality', '20'])
+    said = capsys.readouterr().out
+    assert 'FD-cifarnet' in said and 'digitsnet' not in said

@@ -53,7 +53,7 @@ def refused(message, function, *args, error=ValueError, **options):
 def test_warm_up_is_not_among_the_samples():
     slow_start = ScriptedClock([.09, .07, .05, .03, .02]+[.01]*100)
     t = measure(slow_start, repeats=20, clock=slow_start.clock)
-    assert t.samples == pytest.approx([.01]*20) and (t.n, t.warmup, t.settled) == (20, 8, True)
+    assert t.samples == pytest.approx([.01]*20) and (t.n, t.warmup, t.settled) == (20, 12, True)
 
 
 def test_a_warm_up_that_never_settles_is_cut_off():
@@ -303,3 +303,13 @@ def test_a_batch_is_the_work_of_its_inputs(tiny):
         both = [tiny.eval()(noise, torch.zeros(3), y) for y in (labels, torch.full_like(labels, 10))]
     wanted = to_bytes(both[1]+1.5*(both[0]-both[1]))
     assert (batch_step(tiny, 3)().int()-wanted.int()).abs().max() <= 1
+
+
+def test_a_slow_drift_is_not_settled():
+    now, calls = [0.], []
+    def call():
+        now[0] += .1+.9*.96**len(calls)
+        calls.append(1)
+    timing = latency.measure(call, repeats=5, clock=lambda: now[0])
+    assert len(calls)>20
+    assert not timing.settled or max(timing.samples)<.2

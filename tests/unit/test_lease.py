@@ -157,3 +157,24 @@ def test_scale_lease_says_what_the_plan_assumes():
     assert s.precision == 'bf16'
     assert s.anneal and s.warmup and s.judges == ('cifarnet', 'efficientnet-lite0') and s.pairs_precision == 'bf16'
     with pytest.raises(ValueError, match='pairs_precision'): replace(s, pairs_precision='fp8')
+
+
+def test_a_run_that_trains_its_assistant_does_not_slow_the_plan():
+    clock, done = SimulatedClock(), []
+
+    class Work:
+        notes = {}
+        def __getattr__(self, name): return lambda *_: None
+        def has_teacher(self): return True
+        def pairs_seconds(self): return 0
+        def todo(self):
+            student = {'depth':1, 'width':64, 'heads':8}
+            return [{'student':student, 'recipe':'ta', 'options':{}, 'loss':{'name':'L1'}}]*3
+        def expected_seconds(self, config): return 60. if done else 300.   # with the assistant's, while there is none
+        def run(self, config, left):
+            clock.sleep(self.expected_seconds(config))
+            done.append(config)
+
+    work = Work()
+    run_lease(work, 9, clock, log=lambda line: None)
+    assert len(done)==3 and work.notes['ratio']==pytest.approx(1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ditnano import metrics
-from ditnano.images import load_images
+from ditnano.images import ImageSet, load_images
 from ditnano.repro import file_hash, import_guarded, weights_dir
 
 SHIPPED = 'cifar10-jpeg@16'
@@ -326,3 +326,17 @@ def test_a_card_is_complete(digitsnet, halves):
     assert card['reference']['hash'] == digits.hash
     assert card['judges']['digitsnet']['weights'] == file_hash(metrics.extractor_file('digitsnet'))
     assert metrics.card(50_000, metrics.reference_statistics(halves[1], digitsnet), 'digitsnet')['notes'] == []
+
+
+def test_the_spread_of_a_kernel_distance_is_not_zero():
+    draw = np.random.default_rng(0).normal
+    mean, spread = metrics.kernel_distance(draw(size=(300,16)), draw(size=(300,16))+.1)
+    assert mean>0 and 1e-3<spread<.1
+
+
+def test_grey_references_refuse_colour():
+    images = torch.zeros(8,1,32,32, dtype=torch.uint8)
+    grey = ImageSet(images, torch.zeros(8, dtype=torch.long), 'grey', 'train', ('a',), '0'*64)
+    with pytest.raises(ValueError, match="images in colour, reference 'grey' in grey; expected both in one"):
+        metrics.frechet(torch.randint(256, (8,3,32,32)).byte(), grey, 'digitsnet')
+    metrics.frechet(images, grey, 'digitsnet')

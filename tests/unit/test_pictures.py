@@ -1,6 +1,7 @@
 """Images from every kind of source: what comes out is what was put in, whatever its form, mode and size."""
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -215,3 +216,23 @@ def test_a_flipped_bit_in_the_cache_is_noticed(tmp_path):
     file.write_bytes(data)
     with pytest.raises(ValueError, match='damaged cache .its content is not that of its hash.; delete it'):
         load_images(folder)
+
+
+def test_two_folders_alike_in_names_sizes_and_times(tmp_path):
+    for name in ('cats','dogs'):
+        for k in range(12):
+            file = tmp_path/name/'a'/f'{k:03d}.bmp'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(picture(k+50*(name=='dogs'), form='bmp'))
+            os.utime(file, (1e9, 1e9))
+    cats, dogs = (load_images(tmp_path/name) for name in ('cats','dogs'))
+    assert (cats.name, dogs.name)==('cats@32', 'dogs@32') and cats.hash!=dogs.hash
+    for file in (tmp_path/'cats'/'a').iterdir():   # other content under the same names, sizes and times
+        file.write_bytes((tmp_path/'dogs'/'a'/file.name).read_bytes())
+        os.utime(file, (1e9, 1e9))
+    assert torch.equal(load_images(tmp_path/'cats').images, dogs.images)
+
+
+def test_transparent_arrays_lie_on_white(tmp_path):
+    np.savez(tmp_path/'x.npz', images=np.zeros((12,32,32,4), np.uint8), labels=np.zeros(12, int))
+    assert load_images(tmp_path/'x.npz').images.float().mean()==255

@@ -339,3 +339,19 @@ def test_without_git_the_commit_is_given_or_the_reason(monkeypatch):
     assert code_version()['commit'] is None and 'git' in code_version()['reason']
     monkeypatch.setenv('DITNANO_COMMIT', 'abc')
     assert code_version() | {'version':''} == {'version':'', 'commit':'abc', 'dirty':None}
+
+
+@pytest.mark.parametrize('error', [OSError(5, 'Input/output error'), KeyboardInterrupt()], ids=str)
+def test_a_folder_that_cannot_be_replaced_stays(error, tmp_path):
+    folder, real, failed = tmp_path/'weights', os.rename, []
+    folder.mkdir()
+    (folder/'model').write_text('old')
+    def rename(a, b):
+        if Path(b)==folder and not failed:
+            failed.append(a)
+            raise error
+        real(a, b)
+    with mock.patch('os.rename', rename), pytest.raises(type(error)), repro.atomic(folder) as tmp:
+        tmp.mkdir()
+        (tmp/'model').write_text('new')
+    assert (folder/'model').read_text()=='old' and [p.name for p in tmp_path.iterdir()]==['weights']

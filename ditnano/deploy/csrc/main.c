@@ -60,7 +60,10 @@ static int read_options(int n, char **args, Options *options) {
     }
     if (!strcmp(name, "--weights")) options->weights = value;
     else if (!strcmp(name, "--out")) options->out = value;
-    else if (!strcmp(name, "--label")) options->label = (int)strtol(value, &end, 10);
+    else if (!strcmp(name, "--label")) {
+      long label = strtol(value, &end, 10);
+      options->label = label < -2 || label > 1000000 ? 1000000 : (int)label; /* no student has so many: refused below */
+    }
     else if (!strcmp(name, "--guidance")) options->guidance = strtof(value, &end);
     else if (!strcmp(name, "--seeds")) {
       if (!read_seeds(value, options)) return fail("seeds", value, "expected A or A-B, at most 100,000 of them");
