@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 
@@ -246,7 +246,9 @@ class Native:
         with self.teams:
             shared = [(*job, self.scratch(members)) for job in at]
             jobs = [(*job, rank, members) for job in shared for rank in range(members)]
-            list(self.pool.map(lambda job: self.run_at(*job), jobs))
+            futures = [self.pool.submit(self.run_at, *job) for job in jobs]
+            wait(futures)   # an interrupt cancels none: its teammates would wait for it for ever
+            for f in futures: f.result()
 
     def __call__(self, x, y):
         x,g = x.float().contiguous(),self.one.guidance
