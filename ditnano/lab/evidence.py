@@ -208,7 +208,7 @@ def publish_figure_records(
 # %% ../../nbs/lab/06_evidence.ipynb #dd00ce5a
 TIMED_SIZE, TIMED_BATCH = 32, 128  # Pixels on a side of the images of latencies, and images at once
 _SETTINGS = ('batch','batches','guidance','precision','backend','attention','size')
-LATENCY_COLUMNS = ['seconds_50k','p50_ms','p90_ms','p99_ms', *(f'latency_{k}' for k in _SETTINGS), 'card']
+LATENCY_COLUMNS = ['seconds_50k','p50_ms','p90_ms','p99_ms', *(f'latency_{k}' for k in (*_SETTINGS,'settled')), 'card']
 
 def _best_machine(fits):
     "Timings of the machine with the most designs, this one before others."
@@ -266,7 +266,9 @@ def latency_note(
     images = f'images of {size}, not the size at which quality was measured,' if size else 'images'
     batches = f"{each['batches']} batches of {each['batch']}"
     cards = ', '.join(_values(timed, 'card'))
-    return f"seconds for 50,000 {images} extrapolated from {batches}, {', '.join(settings)}, on {cards}"
+    settled = timed.latency_settled.eq(False).sum() if 'latency_settled' in timed else 0
+    warm = f' ({settled} of {len(timed)} timings did not settle)' if settled else ''
+    return f"seconds for 50,000 {images} extrapolated from {batches}{warm}, {', '.join(settings)}, on {cards}"
 
 # %% ../../nbs/lab/06_evidence.ipynb #8be41988
 _ALIKE = ('depth','width','heads',*DEFAULT_STUDENT,*MUST_BE_SINGLE,'recipe','options','loss','batch','lr',
