@@ -1430,6 +1430,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'ditnano.lab.plan.relative_cost': ('lab/plan.html#relative_cost', 'ditnano/lab/plan.py'),
                                   'ditnano.lab.plan.run_cost': ('lab/plan.html#run_cost', 'ditnano/lab/plan.py'),
                                   'ditnano.lab.plan.runs_of': ('lab/plan.html#runs_of', 'ditnano/lab/plan.py'),
+                                  'ditnano.lab.plan.scale_conditions': ('lab/plan.html#scale_conditions', 'ditnano/lab/plan.py'),
                                   'ditnano.lab.plan.scale_configs': ('lab/plan.html#scale_configs', 'ditnano/lab/plan.py'),
                                   'ditnano.lab.plan.summarize_plan': ('lab/plan.html#summarize_plan', 'ditnano/lab/plan.py'),
                                   'ditnano.lab.plan.teacher_flops': ('lab/plan.html#teacher_flops', 'ditnano/lab/plan.py')},

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN_LOSS_FLOPS', 'GPU_RATE', 'GPU_RATE_NOTE', 'TERMS', 'GPU_IMAGES_PER_S', 'CPU_SCALES', 'MAX_SEEDS',
            'measure_rates', 'teacher_flops', 'loss_flops', 'run_cost', 'missing_requirements', 'scale_configs', 'plan',
-           'format_duration', 'summarize_plan', 'gpu_hours', 'job_minutes', 'name_of', 'planned_rows', 'runs_of',
-           'relative_cost', 'measured_rate', 'deciding_runs']
+           'format_duration', 'summarize_plan', 'gpu_hours', 'job_minutes', 'name_of', 'planned_rows',
+           'scale_conditions', 'runs_of', 'relative_cost', 'measured_rate', 'deciding_runs']
 
 # %% ../../nbs/lab/09_plan.ipynb #f60f6b5a
 import contextlib
@@ -364,6 +364,14 @@ _COLUMNS = ('kind','scale','seed','model','depth','width','heads','recipe','loss
             'lr','weight_decay','ema','warmup','anneal','train_precision','teacher_steps','pairs','samples','mlp_ratio',
             'steps','data','teacher','folder')
 
+def scale_conditions(
+    s:Scale, # How much of everything
+)->dict: # Column of `runs.collect` -> value
+    "What all runs of plain designs at a scale have in common."
+    train = dict(batch=s.batch, weight_decay=s.weight_decay, ema=s.ema, warmup=s.warmup, anneal=s.anneal)
+    return dict(scale=s.name, **train, train_precision=s.precision, teacher_steps=s.teacher_steps, pairs=s.pairs,
+                samples=s.samples, mlp_ratio=4.0, steps=1)
+
 def runs_of(
     found:pd.DataFrame, # What `runs.collect` gives
     experiment:str,     # Key of `EXPERIMENTS`
@@ -371,9 +379,7 @@ def runs_of(
 )->pd.DataFrame: # Its runs, with a `label`
     "The runs that an experiment has at a scale."
     found = found.reindex(columns=list(dict.fromkeys([*found,*_COLUMNS])))
-    found = matching(found, kind='distill', scale=s.name, batch=s.batch, weight_decay=s.weight_decay, ema=s.ema,
-                     warmup=s.warmup, anneal=s.anneal, train_precision=s.precision, teacher_steps=s.teacher_steps,
-                     pairs=s.pairs, samples=s.samples, mlp_ratio=4.0, steps=1)
+    found = matching(found, kind='distill', **scale_conditions(s))
     def fits(r, p):
         if any(r[k]!=v for k,v in p.items() if k not in ('label','options')): return False
         return p['options'].items()<=json.loads(r['options'] or '{}').items()
