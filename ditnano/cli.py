@@ -468,11 +468,9 @@ def export(
     Example: ditnano export --format web --out site
     """
     from ditnano.deploy.export import bundle as write_bundle
-    from ditnano.deploy.export import quality as compare_quality
     from ditnano.deploy.export import to_c, to_onnx, to_openvino
     from ditnano.deploy.web import to_web
     from ditnano.dit import DiT
-    from ditnano.metrics import check_extractors, reference_set
     model, name = DiT.from_pretrained(weights), Path(weights).name
     _check_export(format, precision, quality, bundle, jetpack5, target, array)
     if bundle:
@@ -486,16 +484,13 @@ def export(
         made = to_web(model, out or 'site', name, guidance)
         return print(f"{Path(out or 'site')/made['file']}: {made['bytes']:,} bytes; open it in a browser")
     out = out or Path(f"{name}-{precision}.{'onnx' if format=='onnx' else 'xml'}")
-    data = data or _training_data(model)
-    network, loss = extractor or _default_extractor(data), _training_loss(model)
-    if quality:
-        images = reference_set(data, **_image_options(size, channels, skip_damaged, columns))
-        check_extractors([network], images, loss)
+    compare = _quality_of(model, quality, extractor, data, _image_options(size, channels, skip_damaged, columns))
     if format=='onnx': made = to_onnx(model, out, precision, guidance, batch, opset)
     else: made = to_openvino(model, out, precision, guidance, batch)
     print(f"{out}: {made['bytes']:,} bytes")
-    if quality: _print_quality(compare_quality(model, out, network, quality, images, loss=loss))
+    if quality: _print_quality(compare(out))
 
+# %% ../nbs/50_cli.ipynb #7e1f4c22
 def _check_export(format, precision, quality, bundle, jetpack5, target, array):
     "Refuse options that this form of export would not read."
     form = 'bundle' if bundle else format
@@ -505,6 +500,16 @@ def _check_export(format, precision, quality, bundle, jetpack5, target, array):
         raise UsageError(f"{option}: not read by {form}; expected an export that has this option")
     if form=='web' and precision=='int8':
         raise UsageError("--precision int8: not written by web; expected fp16, as a page has")
+
+def _quality_of(model, samples, extractor, data, options):
+    "A function of a file that compares it with the student; wrong inputs are refused before anything is written."
+    from ditnano.deploy.export import quality
+    from ditnano.metrics import check_extractors, reference_set
+    if not samples: return None
+    data, loss = data or _training_data(model), _training_loss(model)
+    name, images = extractor or _default_extractor(data), reference_set(data, **options)
+    check_extractors([name], images, loss)
+    return lambda file: quality(model, file, name, samples, images, loss=loss)
 
 def _print_quality(q):
     for k in q['file']:
@@ -554,6 +559,7 @@ def bench(
     Example: ditnano bench record --students 7,192,12 --models 6,256,4 --guidance 1 --batch 1024 --device cuda
     """
     from ditnano.lab import bench as b
+    _check_bench(what, backends)
     ways, kinds = backends.split(','), precisions.split(',')
     guided = (1.5 if what in ('frame', 'record') else 1.) if guidance is None else guidance
     if what=='tables':
@@ -568,8 +574,6 @@ def bench(
                                                 device=device)
     elif what=='web': rows = b.bench_web(students, runs_dir(), rounds, fetch=fetch)
     elif what=='record':
-        if backends!='eager,native,openvino':
-            raise UsageError(f"--backends {backends}: not read by record; expected none, as it times PyTorch")
         rows = b.bench_records(students, runs_dir(), batch or 128, kinds, guided, device=device, models=models)
     else:
         designs = b.TABLE_2 if what=='tables' else students
@@ -578,6 +582,10 @@ def bench(
     if out: _write_rows(rows, out)
 
 # %% ../nbs/50_cli.ipynb #002292c6
+def _check_bench(what, backends):
+    if what=='record' and backends!='eager,native,openvino':
+        raise UsageError(f"--backends {backends}: not read by record; expected none, as it times PyTorch")
+
 def _write_rows(rows, out):
     import csv
 

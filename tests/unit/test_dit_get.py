@@ -133,7 +133,7 @@ def test_each_class_refuses_the_folder_of_the_other(saved, tmp_path):
     randomize_weights(GET(GETConfig(1, 32, 4, 2))).save_pretrained(tmp_path/'get')
     with pytest.raises(ValueError, match="holds 'DiT'; expected a 'GET'"): GET.from_pretrained(saved)
     with pytest.raises(ValueError, match="holds 'GET'; expected a 'DiT'"): DiT.from_pretrained(tmp_path/'get')
-    with pytest.raises(FileNotFoundError, match='nowhere is no folder'): load_model(tmp_path/'nowhere')
+    with pytest.raises(FileNotFoundError, match='nowhere: no folder'): load_model(tmp_path/'nowhere')
     d = {k:v for k,v in read_json(tmp_path/'get'/'config.json').items() if 'sha256' not in k}
     write_json(tmp_path/'get'/'config.json', d|{'config':d['config']|{'eq_depth':3}})
     with pytest.raises(ValueError, match=r'qkv_inj.weight has shape \(192, 32\); its config.json expects \(288, 32\)'):
