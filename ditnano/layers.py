@@ -79,13 +79,13 @@ def timestep_embedding(
 
 class TimestepEmbedder(nn.Module):
     "Time features through two linear maps."
-    def __init__(self, width:int, count:int=256):
+    def __init__(self, width:int, dim:int=256):
         super().__init__()
-        self.count = count
-        self.mlp = nn.Sequential(nn.Linear(count,width), nn.SiLU(), nn.Linear(width,width))
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim,width), nn.SiLU(), nn.Linear(width,width))
 
     def forward(self, t):                                    # (N,)
-        return self.mlp(timestep_embedding(t, self.count).to(self.mlp[0].weight.dtype)) # (N, D)
+        return self.mlp(timestep_embedding(t, self.dim).to(self.mlp[0].weight.dtype)) # (N, D)
 
 # %% ../nbs/11_layers.ipynb #c8a9722b
 class LabelEmbedder(nn.Module):

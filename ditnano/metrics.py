@@ -401,7 +401,7 @@ def kernel_distance(
     features,           # (N, D)
     reference_features, # (M, D)
     subsets:int=100,    # Random subsets over which it is averaged
-    size:int=1000,      # Images in a subset, at most; fewer where a set is smaller
+    size:int=1000,      # Images in a subset, at most; no more than half of the smaller set
 )->tuple: # Mean and standard deviation over the subsets; the mean is 0 for equal distributions, and may be negative
     "Unbiased kernel distance (KID's formula, Binkowski et al. 2018), by torch-fidelity."
     both = [torch.as_tensor(np.asarray(f)).double() for f in (features, reference_features)]

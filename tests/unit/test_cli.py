@@ -204,3 +204,13 @@ def test_a_file_is_compared_with_the_images_of_its_student(tmp_path, monkeypatch
     cli.main(['export', '--weights', 'nano-cifar16', '--quality', '20'])
     said = capsys.readouterr().out
     assert 'FD-cifarnet' in said and 'digitsnet' not in said
+
+
+def test_rows_of_get_models_fit_no_law_of_students(tmp_path, capsys):
+    rows = [f'DiT,{d},{w},{h},{20*d+w}' for d, w, h in ((1,128,8), (2,96,8), (5,64,4), (5,64,8), (9,48,6), (7,128,8))]
+    said = []
+    for more in ([], ['GET,5,64,8,9000']):
+        (tmp_path/'bench.csv').write_text('\n'.join(['model,depth,width,heads,seconds_50k', *rows, *more]))
+        cli.main(['design', '--max-latency', '170', '--bench', str(tmp_path/'bench.csv')])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and 'depth' in said[0]

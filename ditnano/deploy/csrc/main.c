@@ -62,7 +62,8 @@ static int read_options(int n, char **args, Options *options) {
     else if (!strcmp(name, "--out")) options->out = value;
     else if (!strcmp(name, "--label")) {
       long label = strtol(value, &end, 10);
-      options->label = label < -2 || label > 1000000 ? 1000000 : (int)label; /* no student has so many: refused below */
+      if (label != (int)label) return fail(name, value, "expected a label");
+      options->label = (int)label;
     }
     else if (!strcmp(name, "--guidance")) options->guidance = strtof(value, &end);
     else if (!strcmp(name, "--seeds")) {
