@@ -295,7 +295,8 @@ def test_the_program_refuses_wrong_options(tmp_path):
     program = build(tmp_path)
     refused = {('--seeds','5-3'):'expected A or A-B', ('--seeds','-1'):'expected A or A-B',
                ('--seeds',str(2**32)):'expected A or A-B',
-               ('--label','10'):'no such label', ('--label','three'):'expected a value', ('--out',):'expected a value',
+               ('--label',str(2**32+3)):'expected a label', ('--label','10'):'no such label',
+               ('--label','three'):'expected a value', ('--out',):'expected a value',
                ('--guidance','1.5'):'null label', ('--guidance','nan'):'not finite',
                ('--out','nowhere/x.png'):'cannot be written', ('--scale','2'):'usage'}
     for options,message in refused.items():
